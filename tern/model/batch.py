@@ -1,0 +1,60 @@
+"""What one forward pass reads: the tokens of a step, where each stands, and where its keys and values live.
+
+A step packs any mix of prefill chunks and decodes into one flat row of tokens. Sequence s owns the rows
+`query_starts[s] : query_starts[s + 1]`; they are its newest tokens, and its keys and values up to and including them
+fill the first `context_lens[s]` slots of the blocks that `block_tables[s]` lists:
+
+    block_tables[s] = [7, 2, 9]     block_size 4     context_lens[s] = 10
+    cache block 7 | 0 1 2 3 |   block 2 | 4 5 6 7 |   block 9 | 8 9 . . |
+    query rows of s:                          [7      8 9]          (positions 7, 8, 9: a chunk of three)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tern.model.config import ErnieConfig
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input, all tensors int64 on the model's device.
+
+    `token_ids`, `positions`, `slots` [tokens]; `slots` is `block * block_size + offset` for each token's own K and V.
+    `query_starts` [sequences + 1], `context_lens` [sequences], `block_tables` [sequences, max_blocks] padded with 0.
+    `logit_rows` [sequences_that_sample] are the rows whose next-token logits are wanted, in order.
+    `max_query_len` and `max_context_len` are the largest chunk and context, known on the host.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_starts: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    logit_rows: torch.Tensor
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """The paged keys and values of all layers: `keys`, `values` [layers, blocks, block_size, kv_heads, head_dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block holds."""
+        return self.keys.shape[2]
+
+    @classmethod
+    def allocate(
+        cls, config: ErnieConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Reserve `num_blocks` blocks of `block_size` tokens for every layer."""
+        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
