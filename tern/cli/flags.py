@@ -1,0 +1,83 @@
+"""Flags as people type them for other engines: underscores or dashes, and flags that need nothing done here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tern.errors import OptionError
+
+PARSER_NAMES = ("ernie_x1", "ernie-x1", "ernie45", "ernie_45", "ernie-45")
+"""What FastDeploy and vLLM call the parser of this model; Tern has one parser, and it is always on."""
+
+
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--some_flag` written `--some-flag`, values untouched, up to a bare `--`."""
+    spelled: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--":
+            return [*spelled, argument, *rest]
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = flag.replace("_", "-") + equals + value
+        spelled.append(argument)
+    return spelled
+
+
+def check_parser(flag: str, name: str | None) -> None:
+    """Refuse a response parser that this model does not speak."""
+    if name is not None and name not in PARSER_NAMES:
+        raise OptionError(f"{flag} is {name!r}: this model's parser is called {', '.join(PARSER_NAMES)}.")
+
+
+def check_parallelism(flag: str, size: int) -> None:
+    """Refuse a split over several devices."""
+    if size != 1:
+        raise OptionError(f"{flag} is {size}: Tern runs on one device, so it must be 1.")
+
+
+@dataclass(frozen=True)
+class IgnoredFlag:
+    """A flag that another engine's process layout needs and Tern's does not; `takes_value` says how it is parsed."""
+
+    name: str
+    takes_value: bool = True
+
+
+IGNORED_FLAGS = (
+    IgnoredFlag("--engine-worker-queue-port"),
+    IgnoredFlag("--cache-queue-port"),
+    IgnoredFlag("--load-choices"),
+    IgnoredFlag("--gpu-memory-utilization"),
+    IgnoredFlag("--swap-space"),
+    IgnoredFlag("--workers"),
+    IgnoredFlag("--graph-optimization-config"),
+    IgnoredFlag("--distributed-executor-backend"),
+    IgnoredFlag("--use-cudagraph", takes_value=False),
+    IgnoredFlag("--enable-chunked-prefill", takes_value=False),
+    IgnoredFlag("--enable-auto-tool-choice", takes_value=False),
+    IgnoredFlag("--enable-reasoning", takes_value=False),
+    IgnoredFlag("--enforce-eager", takes_value=False),
+    IgnoredFlag("--disable-log-requests", takes_value=False),
+    IgnoredFlag("--disable-log-stats", takes_value=False),
+)
+
+
+def split_ignored(extra: Sequence[str]) -> list[str]:
+    """The names of the ignored flags among arguments that no option took.
+
+    Raises `OptionError` for anything else, so that a misspelt option never vanishes.
+    """
+    known = {flag.name: flag for flag in IGNORED_FLAGS}
+    found: list[str] = []
+    rest = iter(extra)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        flag = known.get(name)
+        if flag is None:
+            raise OptionError(f"There is no option {argument!r}: `tern serve --help` lists them all.")
+        if flag.takes_value and not equals and next(rest, None) is None:
+            raise OptionError(f"{name} needs a value.")
+        found.append(name)
+    return found

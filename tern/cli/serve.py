@@ -1,0 +1,122 @@
+"""`tern serve`: the OpenAI-compatible server. Takes vLLM's and FastDeploy's flags."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tern.cli.flags import check_parallelism, check_parser, split_ignored
+from tern.errors import OptionError
+
+if TYPE_CHECKING:
+    from tern.engine import EngineOptions
+    from tern.server import ServerOptions
+
+logger = logging.getLogger("tern.serve")
+
+_CARD_REQUEST = """curl http://{address}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+    "messages": [{{"role": "user", "content": "Give me a short introduction to large language model."}}]}}'"""
+
+
+def serve(
+    context: typer.Context,
+    model_tag: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Directory, hub id or dummy:PRESET.")] = None,
+    model: Annotated[str | None, typer.Option(help="The same, as a flag.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: MODEL as given.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="A port of its own for /metrics.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="TERN_API_KEY", help="Required of clients.")] = None,
+    allow_public: Annotated[bool, typer.Option(help="Serve other machines although there is no --api-key.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Most requests waiting; more get 429.")] = None,
+    kv_cache_memory: Annotated[float | None, typer.Option(help="Memory for the KV cache, GiB.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    prefix_caching: Annotated[
+        bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse the KV of shared prefixes.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
+    hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None,
+    shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds that running requests get on SIGTERM.")] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    reasoning_parser: Annotated[str | None, typer.Option(help="ernie_x1; always on.")] = None,
+    tool_call_parser: Annotated[str | None, typer.Option(help="ernie_x1; always on.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
+    trust_remote_code: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Serve a model over HTTP, as OpenAI, vLLM and FastDeploy do.
+
+    Without MODEL the small embedded model is served. Flags that only another engine's process layout needs are
+    accepted and do nothing; underscores and dashes are the same.
+    """
+    check_parser("--reasoning-parser", reasoning_parser)
+    check_parser("--tool-call-parser", tool_call_parser)
+    check_parallelism("--tensor-parallel-size", tensor_parallel_size)
+    if model_tag is not None and model is not None and model_tag != model:
+        raise OptionError(f"The model is named twice, {model_tag!r} and --model {model!r}: name it once.")
+    ignored = split_ignored(context.args) + (["--trust-remote-code"] if trust_remote_code else [])
+    configure_logging(log_level)
+    if ignored:
+        logger.info("%s: accepted, and does nothing here", ", ".join(ignored))
+
+    from tern.engine import EngineOptions
+    from tern.server import ServerOptions
+
+    engine_options = EngineOptions.from_keywords(
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_queue=max_queue,
+        block_size=block_size,
+        kv_cache_memory=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
+        enable_prefix_caching=prefix_caching,
+    )
+    server_options = ServerOptions(
+        host=host,
+        port=port,
+        metrics_port=metrics_port,
+        api_keys=tuple(api_key or ()),
+        allow_public=allow_public,
+        served_model_name=served_model_name,
+        shutdown_timeout=shutdown_timeout,
+    )
+    _open_and_run(model_tag or model, revision, hf_token, engine_options, server_options)
+
+
+def _open_and_run(
+    model: str | None,
+    revision: str | None,
+    hf_token: str | None,
+    engine_options: EngineOptions,
+    server_options: ServerOptions,
+) -> None:
+    from tern.chat import ChatProtocol
+    from tern.checkpoint import resolve_model
+    from tern.engine import Engine, EngineService
+    from tern.server import run_server
+
+    started = time.perf_counter()
+    source = resolve_model(model, revision=revision, token=hf_token)
+    logger.info("model %s: found after %.1f s", source.name, time.perf_counter() - started)
+    engine = Engine.open(source, engine_options)
+    logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
+    protocol = ChatProtocol.from_directory(source.directory)
+    service = EngineService(engine)
+    run_server(service, protocol, source, server_options)
+
+
+def configure_logging(level: str) -> None:
+    """Plain log lines on standard error."""
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise OptionError(f"--log-level is {level!r}: it must be debug, info, warning or error.")
+    logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
