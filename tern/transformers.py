@@ -15,7 +15,17 @@ import torch
 
 from tern.chat import ChatTemplate, Tokenizer
 from tern.checkpoint import GenerationConfig, ModelSource, resolve_model
-from tern.engine import CONTINUE, Engine, EngineOptions, Finish, FinishReason, GeneratedToken, Request, SamplingParams, Steering
+from tern.engine import (
+    CONTINUE,
+    Engine,
+    EngineOptions,
+    Finish,
+    FinishReason,
+    GeneratedToken,
+    Request,
+    SamplingParams,
+    Steering,
+)
 from tern.errors import EngineUnavailableError, InvalidRequestError, OptionError
 
 TokenIds = list[int]

@@ -25,6 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "transformers": {"llm", "engine", "checkpoint", "chat", "errors"},
     "cli": {"server", "llm", "engine", "checkpoint", "chat", "errors"},
     "entrypoints": {"cli"},
+    "__main__": {"cli"},
     "": {"llm", "engine", "errors"},
 }
 """What each room may import, besides itself; "" is tern/__init__.py."""

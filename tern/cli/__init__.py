@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from tern.cli import chat, generate, serve
-from tern.cli.flags import with_dashes
+from tern.cli.flags import with_dashes, without_ignored
 from tern.errors import InvalidRequestError, OptionError, TernError
 
 __all__ = ["app", "main"]
@@ -49,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     A `TernError` becomes one line on standard error: exit status 2 for wrong usage, 1 for what went wrong later.
     """
     try:
-        app(args=with_dashes(sys.argv[1:] if argv is None else argv), prog_name="tern")
+        arguments = with_dashes(sys.argv[1:] if argv is None else argv)
+        if arguments[:1] == ["serve"]:
+            arguments, ignored = without_ignored(arguments)
+            if ignored:
+                typer.echo(f"tern: {', '.join(ignored)}: accepted, and needs nothing done here.", err=True)
+        app(args=arguments, prog_name="tern")
     except TernError as error:
         typer.echo(f"tern: {error}", err=True)
         sys.exit(WRONG_USAGE if isinstance(error, OptionError | InvalidRequestError) else 1)

@@ -18,9 +18,11 @@ _HELP = """/clear  forget the conversation      /think on|off  think before answ
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Directory, hub id or dummy:PRESET.")] = None,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or dummy:PRESET.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    tools: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Tools, a JSON list in OpenAI form.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Tools, a JSON list in OpenAI form.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy; default: the model's own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus of the distribution to sample from.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,

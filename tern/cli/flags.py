@@ -54,6 +54,7 @@ IGNORED_FLAGS = (
     IgnoredFlag("--workers"),
     IgnoredFlag("--graph-optimization-config"),
     IgnoredFlag("--distributed-executor-backend"),
+    IgnoredFlag("--trust-remote-code", takes_value=False),
     IgnoredFlag("--use-cudagraph", takes_value=False),
     IgnoredFlag("--enable-chunked-prefill", takes_value=False),
     IgnoredFlag("--enable-auto-tool-choice", takes_value=False),
@@ -64,20 +65,22 @@ IGNORED_FLAGS = (
 )
 
 
-def split_ignored(extra: Sequence[str]) -> list[str]:
-    """The names of the ignored flags among arguments that no option took.
+def without_ignored(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments less the ignored flags and their values, and the names of those flags.
 
-    Raises `OptionError` for anything else, so that a misspelt option never vanishes.
+    Raises `OptionError` for such a flag without its value.
     """
     known = {flag.name: flag for flag in IGNORED_FLAGS}
-    found: list[str] = []
-    rest = iter(extra)
+    kept: list[str] = []
+    ignored: list[str] = []
+    rest = iter(arguments)
     for argument in rest:
         name, equals, _ = argument.partition("=")
         flag = known.get(name)
         if flag is None:
-            raise OptionError(f"There is no option {argument!r}: `tern serve --help` lists them all.")
+            kept.append(argument)
+            continue
         if flag.takes_value and not equals and next(rest, None) is None:
             raise OptionError(f"{name} needs a value.")
-        found.append(name)
-    return found
+        ignored.append(name)
+    return kept, ignored

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tern.cli.flags import check_parallelism, check_parser, split_ignored
+from tern.cli.flags import check_parallelism, check_parser
 from tern.errors import OptionError
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ _CARD_REQUEST = """curl http://{address}/v1/chat/completions -H 'Content-Type: a
 
 
 def serve(
-    context: typer.Context,
-    model_tag: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Directory, hub id or dummy:PRESET.")] = None,
+    model_tag: Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or dummy:PRESET.")] = None,
     model: Annotated[str | None, typer.Option(help="The same, as a flag.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: MODEL as given.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -39,17 +38,19 @@ def serve(
     kv_cache_memory: Annotated[float | None, typer.Option(help="Memory for the KV cache, GiB.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
     prefix_caching: Annotated[
-        bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse the KV of shared prefixes.")
+        bool,
+        typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse the KV of shared prefixes."),
     ] = True,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None,
-    shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds that running requests get on SIGTERM.")] = 30.0,
+    shutdown_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that running requests get on SIGTERM.")
+    ] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     reasoning_parser: Annotated[str | None, typer.Option(help="ernie_x1; always on.")] = None,
     tool_call_parser: Annotated[str | None, typer.Option(help="ernie_x1; always on.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option(hidden=True)] = 1,
-    trust_remote_code: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Serve a model over HTTP, as OpenAI, vLLM and FastDeploy do.
 
@@ -61,10 +62,7 @@ def serve(
     check_parallelism("--tensor-parallel-size", tensor_parallel_size)
     if model_tag is not None and model is not None and model_tag != model:
         raise OptionError(f"The model is named twice, {model_tag!r} and --model {model!r}: name it once.")
-    ignored = split_ignored(context.args) + (["--trust-remote-code"] if trust_remote_code else [])
     configure_logging(log_level)
-    if ignored:
-        logger.info("%s: accepted, and does nothing here", ", ".join(ignored))
 
     from tern.engine import EngineOptions
     from tern.server import ServerOptions

@@ -79,7 +79,11 @@ class Session:
     def sampling(self, **given: Any) -> SamplingParams:
         """Sampling values: those given (None counts as not given), else the checkpoint's own defaults."""
         return SamplingParams(
-            **{"max_tokens": None, **self._defaults, **{name: value for name, value in given.items() if value is not None}}
+            **{
+                "max_tokens": None,
+                **self._defaults,
+                **{name: value for name, value in given.items() if value is not None},
+            }
         )
 
     def chat(
