@@ -1,0 +1,40 @@
+"""Gathers what is wrong with a checkpoint, so that one error can list all of it. Knows no files and no tensors."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NoReturn
+
+from tern.errors import CheckpointError
+
+SHOWN_PER_KIND = 8
+
+
+class Problems:
+    """Findings grouped by kind (`"missing"`, `"misshapen"`, ...), each a clause that names what is wrong."""
+
+    def __init__(self) -> None:
+        self._by_kind: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, kind: str, finding: str) -> None:
+        """Note one finding; kinds are listed in the order in which they first appear."""
+        self._by_kind[kind].append(finding)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_kind)
+
+    def lines(self) -> list[str]:
+        """The findings, at most `SHOWN_PER_KIND` of each kind and then a count of the rest."""
+        lines = []
+        for kind, findings in self._by_kind.items():
+            lines += [f"{kind}: {finding}" for finding in findings[:SHOWN_PER_KIND]]
+            if len(findings) > SHOWN_PER_KIND:
+                lines.append(f"{kind}: and {len(findings) - SHOWN_PER_KIND} more")
+        return lines
+
+    def fail(self, directory: Path) -> NoReturn:
+        """Raise the one `CheckpointError` that lists the findings."""
+        count = sum(map(len, self._by_kind.values()))
+        found = "1 problem was" if count == 1 else f"{count} problems were"
+        raise CheckpointError(f"The checkpoint {directory} cannot be loaded; {found} found:", problems=self.lines())

@@ -1,0 +1,143 @@
+"""A model argument -> where its files are and what network they hold. Knows no weights.
+
+A model is named by nothing (the embedded one), a directory, `dummy:` and a preset or a config.json, or a hub id.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+from tern.checkpoint.generation import GenerationConfig
+from tern.checkpoint.json_file import read_json_object
+from tern.checkpoint.presets import PRESETS
+from tern.errors import CheckpointError, OptionError, UnsupportedConfigError
+from tern.model import ErnieConfig
+
+EMBEDDED_NAME = "tern-tiny"
+DUMMY_PREFIX = "dummy:"
+MAX_SEED = 2**63 - 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is ready to be loaded.
+
+    `name` is how the user would call it. `directory` holds tokenizer, template and, unless `synthetic_seed` is set, the
+    weights; with `synthetic_seed` the weights are random.
+    """
+
+    name: str
+    directory: Path
+    config: ErnieConfig
+    generation: GenerationConfig
+    synthetic_seed: int | None = None
+
+
+def embedded_model_directory() -> Path:
+    """Where the model that ships with the package lies."""
+    return Path(__file__).resolve().parent.parent / "embedded" / "tiny"
+
+
+def resolve_model(
+    model: str | None, *, revision: str | None = None, token: str | None = None, progress: bool = True
+) -> ModelSource:
+    """Find the model that `model` names, downloading it if it is a hub id, and read its configuration.
+
+    `model` is None (the embedded model), a directory, `dummy:PRESET` or `dummy:/path/to/config.json` (either with
+    `?seed=N`), or a hub id `owner/name`, of which `revision` names the branch, tag or commit and `token` opens a
+    private or gated one. `progress` shows a bar while downloading.
+
+    Raises `CheckpointError` if there is no such model or its configuration is unreadable, `UnsupportedConfigError` if
+    Tern does not run that network, `HubError` if it cannot be downloaded, `OptionError` for a revision that does not
+    apply.
+    """
+    if model is not None and model.startswith(DUMMY_PREFIX):
+        source = _synthetic_source(model)
+    elif model is None:
+        source = _directory_source(embedded_model_directory(), EMBEDDED_NAME)
+    elif Path(model).expanduser().is_dir():
+        directory = Path(model).expanduser().resolve()
+        source = _directory_source(directory, directory.name)
+    elif _HUB_ID.fullmatch(model) and not Path(model).exists():
+        # Imported here: most models are local, and the hub's client takes its time to import.
+        from tern.checkpoint.hub import download_snapshot
+
+        directory = download_snapshot(model, revision=revision, token=token, progress=progress)
+        return _directory_source(directory, model)
+    else:
+        raise CheckpointError(_explain_unknown(model))
+    if revision is not None:
+        raise OptionError(f"revision is {revision!r}, but {source.name} is no hub id: only those have revisions.")
+    return source
+
+
+def _directory_source(directory: Path, name: str) -> ModelSource:
+    path = directory / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{directory} has no config.json: give the directory of a Hugging Face checkpoint.")
+    config = _read_config(path)
+    return ModelSource(name, directory, config, GenerationConfig.from_directory(directory, config))
+
+
+def _read_config(path: Path) -> ErnieConfig:
+    raw = read_json_object(path)
+    try:
+        config = ErnieConfig.from_dict(raw)
+    except UnsupportedConfigError as error:
+        message, *_ = str(error).split("\n")
+        raise UnsupportedConfigError(f"{path}: {message}", problems=error.problems) from error
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise UnsupportedConfigError(
+            f"{path} describes weights quantised by {str(method)[:40]!r}, which Tern does not read yet: "
+            "use the checkpoint in bfloat16."
+        )
+    return config
+
+
+def _synthetic_source(model: str) -> ModelSource:
+    name, _, query = model.removeprefix(DUMMY_PREFIX).partition("?")
+    seed = _read_seed(model, query)
+    directory = embedded_model_directory()
+    path = Path(name).expanduser()
+    if name in PRESETS:
+        config = ErnieConfig.from_dict(PRESETS[name])
+    elif name.endswith(".json") or path.is_dir():
+        path = path / "config.json" if path.is_dir() else path
+        config = _read_config(path)
+        if any((path.parent / file).exists() for file in TOKENIZER_FILES):
+            directory = path.resolve().parent
+    else:
+        raise CheckpointError(
+            f"There is no preset {name!r} for {DUMMY_PREFIX}; known are {', '.join(PRESETS)}, "
+            f"or give a network's own description: {DUMMY_PREFIX}/path/to/config.json."
+        )
+    return ModelSource(model, directory, config, GenerationConfig.from_dict({}, config), seed)
+
+
+def _read_seed(model: str, query: str) -> int:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    text = options.pop("seed", "0")
+    if options:
+        raise CheckpointError(f"{model!r} has the unknown option {next(iter(options))!r}: only seed=N is known.")
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) > MAX_SEED:
+        raise CheckpointError(f"{model!r} has the seed {text[:40]!r}: it must be a whole number from 0 to {MAX_SEED}.")
+    return int(text)
+
+
+def _explain_unknown(model: str) -> str:
+    """Why `model` names nothing, and what would."""
+    path = Path(model).expanduser()
+    if path.is_file():
+        gguf = " (GGUF files are not supported yet)" if path.suffix == ".gguf" else ""
+        return f"{model} is a file{gguf}: give the directory of the checkpoint."
+    ways = f"give the directory of a checkpoint, a hub id such as baidu/ERNIE-4.5-21B-A3B-Thinking, or {DUMMY_PREFIX}"
+    preset = model.lower() if model.lower() in PRESETS else "PRESET"
+    return f"{model[:200]!r} is neither a directory nor a hub id: {ways}{preset} for random weights."
