@@ -1,4 +1,7 @@
-"""The values that cross the engine's door: a request going in, tokens and an ending coming out. Knows no tensors and no text."""
+"""The values that cross the engine's door: a request going in, tokens and an ending coming out.
+
+Knows no tensors and no text.
+"""
 
 from __future__ import annotations
 

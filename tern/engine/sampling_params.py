@@ -79,7 +79,8 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens is {self.min_tokens} but max_tokens is {self.max_tokens}: lower the one or raise the other.",
+                f"min_tokens is {self.min_tokens} but max_tokens is {self.max_tokens}: "
+                "lower the one or raise the other.",
                 param="min_tokens",
             )
         if self.logprobs is not None:
@@ -92,7 +93,8 @@ class SamplingParams:
         for text in stop:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise InvalidRequestError(
-                    f"stop contains {str(text)[:40]!r}: each stop string must be text of 1 to {MAX_STOP_LENGTH} characters.",
+                    f"stop contains {str(text)[:40]!r}: "
+                    f"each stop string must be text of 1 to {MAX_STOP_LENGTH} characters.",
                     param="stop",
                 )
         for token in self.stop_token_ids:

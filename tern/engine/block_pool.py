@@ -1,0 +1,156 @@
+"""The blocks of the KV cache: who owns which, which are free, and what the free ones still hold.
+
+Knows block numbers and token ids; knows neither tensors nor requests' order of service. A block is owned by every
+sequence that lists it in its block table (`ref_counts`), or it is free. A full block whose keys and values are computed
+enters the index under the digest of its tokens and all before them, and stays there after it is freed until it is
+needed for something else, least recently used first. A prompt that begins with indexed blocks starts with them:
+
+    digest_0 = sha256(sha256(salt) + tokens of block 0)     digest_i = sha256(digest_{i-1} + tokens of block i)
+
+A table is freed from its end, so that of one chain the leaves are evicted before the root.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tern.engine.sequence import Sequence
+
+
+class IntegrityError(RuntimeError):
+    """The engine's books contradict each other: a defect of Tern, never of a request."""
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """What an indexed block holds: the digest of the whole chain, and its own tokens (int64 bytes) to compare."""
+
+    digest: bytes
+    tokens: bytes
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens; with `caching`, freed blocks are found again by their content."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.caching = caching
+        self.ref_counts = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be reused first
+        self._content: dict[int, CachedBlock] = {}
+        self._index: dict[bytes, int] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence owns; some may still hold reusable content."""
+        return len(self._free)
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Blocks whose content can be found again, owned or free."""
+        return len(self._content)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def blocks_missing(self, sequence: Sequence) -> int:
+        """Blocks that the sequence needs beyond its own, for all its tokens."""
+        return self.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
+
+    def extend_digests(self, sequence: Sequence) -> None:
+        """Bring the sequence's digests up to its last full block."""
+        if not self.caching:
+            return
+        digests = sequence.digests
+        parent = digests[-1] if digests else hashlib.sha256(sequence.request.cache_salt).digest()
+        for index in range(len(digests), len(sequence.token_ids) // self.block_size):
+            parent = hashlib.sha256(parent + self._tokens(sequence, index)).digest()
+            digests.append(parent)
+
+    def find_prefix(self, sequence: Sequence) -> list[int]:
+        """The longest run of indexed blocks with which the sequence begins.
+
+        The last token is never covered: it must be computed to give the logits of the next one.
+        """
+        self.extend_digests(sequence)
+        found: list[int] = []
+        for index in range(min(len(sequence.digests), (len(sequence.token_ids) - 1) // self.block_size)):
+            block = self._index.get(sequence.digests[index])
+            if block is None or self._content[block].tokens != self._tokens(sequence, index):
+                break
+            found.append(block)
+        return found
+
+    def num_free_without(self, blocks: Iterable[int]) -> int:
+        """Free blocks left once `blocks` are taken."""
+        return len(self._free) - sum(self.ref_counts[block] == 0 for block in blocks)
+
+    def share(self, sequence: Sequence, blocks: Iterable[int]) -> None:
+        """Let the sequence own already computed blocks."""
+        for block in blocks:
+            if self.ref_counts[block] == 0:
+                del self._free[block]
+            self.ref_counts[block] += 1
+            sequence.block_table.append(block)
+
+    def reserve(self, sequence: Sequence) -> None:
+        """Give the sequence blocks for all its tokens; the caller has made sure that enough are free."""
+        for _ in range(self.blocks_missing(sequence)):
+            block, _none = self._free.popitem(last=False)
+            content = self._content.pop(block, None)
+            if content is not None:
+                del self._index[content.digest]
+            self.ref_counts[block] = 1
+            sequence.block_table.append(block)
+
+    def remember(self, sequence: Sequence, first_token: int) -> None:
+        """Index the sequence's full blocks that end after position `first_token` and are computed."""
+        first, last = first_token // self.block_size, sequence.num_computed_tokens // self.block_size
+        if not self.caching or first == last:
+            return
+        self.extend_digests(sequence)
+        for index in range(first, last):
+            block, digest = sequence.block_table[index], sequence.digests[index]
+            if digest not in self._index and block not in self._content:  # else: computed twice at the same time
+                self._index[digest] = block
+                self._content[block] = CachedBlock(digest, self._tokens(sequence, index))
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all blocks from the sequence. Content that can be found again is reused last."""
+        for block in reversed(sequence.block_table):
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
+                self._free[block] = None
+                if block not in self._content:
+                    self._free.move_to_end(block, last=False)
+        del sequence.block_table[:]
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Raise `IntegrityError` unless `sequences` own exactly the blocks that are not free."""
+        counts = [0] * self.num_blocks
+        for sequence in sequences:
+            _demand(len(set(sequence.block_table)) == len(sequence.block_table), f"{sequence} lists a block twice")
+            for block in sequence.block_table:
+                counts[block] += 1
+            for index in range(sequence.num_computed_tokens // self.block_size):
+                content = self._content.get(sequence.block_table[index])
+                same = content is None or content.tokens == self._tokens(sequence, index)
+                _demand(same, f"block {index} of {sequence} holds other tokens")
+        _demand(counts == self.ref_counts, f"owners count {counts}, the pool {self.ref_counts}")
+        free = {block for block, count in enumerate(counts) if count == 0}
+        _demand(free == set(self._free), f"{len(free)} blocks have no owner but {len(self._free)} are free")
+        indexed = {content.digest: block for block, content in self._content.items()}
+        _demand(indexed == self._index, f"{len(self._index)} digests point at {len(self._content)} contents")
+
+    def _tokens(self, sequence: Sequence, index: int) -> bytes:
+        return sequence.token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
+
+
+def _demand(condition: bool, message: str) -> None:
+    if not condition:
+        raise IntegrityError(message)

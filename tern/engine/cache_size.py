@@ -1,0 +1,90 @@
+"""How many blocks the KV cache gets. Knows bytes and lengths; allocates nothing.
+
+The pool always holds at least one sequence of full length, so a request within the model's length can always run.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from tern.engine.options import EngineOptions
+from tern.errors import OptionError
+from tern.model.config import ErnieConfig
+
+DEFAULT_FULL_SEQUENCES = 4  # what the cache holds by default, where memory allows: many short chats, or four long ones
+FREE_MEMORY_SHARE = 0.5
+
+
+def token_bytes(config: ErnieConfig, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def resolve_max_model_len(options: EngineOptions, config: ErnieConfig) -> int:
+    """The longest sequence in tokens: the option's value, within the model's length."""
+    length = config.max_position_embeddings
+    if options.max_model_len is None:
+        return length
+    if options.max_model_len > length:
+        raise OptionError(
+            f"max_model_len is {options.max_model_len} but the model was trained for {length} positions: "
+            f"choose at most {length}."
+        )
+    return options.max_model_len
+
+
+def resolve_num_blocks(
+    options: EngineOptions, config: ErnieConfig, dtype: torch.dtype, free_bytes: int, max_model_len: int
+) -> int:
+    """The number of cache blocks that the options ask for, or that a share of `free_bytes` holds.
+
+    Raises `OptionError`, with both sizes and the length that would fit, if one full-length sequence does not.
+    """
+    block_bytes = token_bytes(config, dtype) * options.block_size
+    needed = -(-max_model_len // options.block_size)
+    if options.num_kv_blocks is not None:
+        blocks, source = options.num_kv_blocks, "num_kv_blocks"
+    elif options.kv_cache_memory is not None:
+        blocks, source = options.kv_cache_memory // block_bytes, "kv_cache_memory"
+    else:
+        affordable = int(free_bytes * FREE_MEMORY_SHARE) // block_bytes
+        wanted = needed * min(DEFAULT_FULL_SEQUENCES, options.max_num_seqs)
+        blocks, source = min(wanted, affordable), f"{FREE_MEMORY_SHARE:.0%} of the free memory"
+    if blocks < needed:
+        fits = blocks * options.block_size
+        raise OptionError(
+            f"A sequence of {max_model_len} tokens needs {needed} cache blocks ({_megabytes(needed * block_bytes)}), "
+            f"but {source} gives {blocks} ({_megabytes(blocks * block_bytes)}): "
+            f"set max_model_len to at most {fits}, or give the cache more memory."
+        )
+    return blocks
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may still be used on the device: for the CPU, within the machine's and the control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            break
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0].isdigit():
+        available = min(available, int(limit[0]) - int(used[0]))
+    return max(available, 0)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,320 @@
+"""Requests in, tokens out: the step loop and everything that can happen to a request between two steps.
+
+Knows sequences, the scheduler, the runner and the sinks; knows no text, no HTTP and nothing of the network inside the
+model. One thread at a time may use an `Engine`; `tern.engine.service` puts one on a thread of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tern.engine.block_pool import BlockPool, IntegrityError
+from tern.engine.cache_size import free_memory, resolve_max_model_len, resolve_num_blocks
+from tern.engine.options import EngineOptions
+from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
+from tern.engine.runner import Runner
+from tern.engine.sampling_state import SamplingState
+from tern.engine.scheduler import Chunk, Scheduler
+from tern.engine.sequence import Sequence, SequenceStatus
+from tern.errors import ContextLengthError, InvalidRequestError, QueueFullError
+
+if TYPE_CHECKING:
+    from tern.checkpoint import ModelSource
+    from tern.model import ErnieModel
+
+logger = logging.getLogger(__name__)
+
+STEP_FAILED = "The engine failed while computing this request; its log says why. Other requests go on: try again."
+SINK_FAILED = "The request ended because its tokens could not be delivered."
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of one engine; everything from `prefix_query_tokens` on only grows, save the last.
+
+    `blocks_cached` hold content that a prompt can reuse, free or owned. `prefix_hit_tokens` of `prefix_query_tokens`
+    prompt tokens were found in the cache. `prompt_tokens` counts requests as they start, `generated_tokens` sampled and
+    forced ones, `computed_tokens` all that went through the model, after a preemption once more. `finished` counts
+    endings by reason. `last_step_seconds` is the duration of the newest step.
+    """
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    prompt_tokens: int
+    computed_tokens: int
+    generated_tokens: int
+    preemptions: int
+    steps: int
+    failed_steps: int
+    finished: dict[FinishReason, int]
+    last_step_seconds: float
+
+    @property
+    def cancelled(self) -> int:
+        """Requests taken back by their callers."""
+        return self.finished[FinishReason.CANCELLED]
+
+
+class Engine:
+    """Continuous batching of many requests over one model.
+
+    `add` queues a request, each `step` computes one batch and hands its tokens to the requests' sinks, `cancel` takes a
+    request back at any moment. Every added request is finished exactly once.
+    """
+
+    def __init__(self, model: ErnieModel, eos_token_ids: Iterable[int], options: EngineOptions | None = None) -> None:
+        options = options or EngineOptions()
+        self.options = options
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.vocab_size = model.config.vocab_size
+        self.device, self.dtype = model.device, model.dtype
+        self.max_model_len = resolve_max_model_len(options, model.config)
+        num_blocks = resolve_num_blocks(
+            options, model.config, model.dtype, free_memory(model.device), self.max_model_len
+        )
+        self.pool = BlockPool(num_blocks, options.block_size, caching=options.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens
+        )
+        self.runner = Runner(model, num_blocks=num_blocks, block_size=options.block_size)
+        self.sequences: dict[str, Sequence] = {}  # every request that is not finished
+        self.consecutive_failures = 0
+        self._finished = dict.fromkeys(FinishReason, 0)
+        self._computed_tokens = self._generated_tokens = self._steps = self._failed_steps = 0
+        self._last_step_seconds = 0.0
+
+    @classmethod
+    def open(cls, source: ModelSource, options: EngineOptions | None = None, *, progress: bool = True) -> Engine:
+        """Load a resolved model and build an engine on it."""
+        import torch
+
+        from tern.checkpoint import load_model
+
+        options = options or EngineOptions()
+        device = options.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+        model = load_model(source, dtype=dtype, device=device, progress=progress)
+        return cls(model, source.generation.eos_token_ids, options)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.sequences)
+
+    def step(self) -> bool:
+        """Compute one batch and deliver its tokens; False when there is nothing to do."""
+        started = time.perf_counter()
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return False
+        try:
+            tokens = self.runner.run(chunks)
+        except Exception:
+            self._fail_step(chunks)
+        else:
+            self._finish_step(chunks, tokens)
+        self._last_step_seconds = time.perf_counter() - started
+        return True
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises `InvalidRequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
+        """
+        self.check_queue(len(self.sequences))
+        self.enqueue(self.prepare(request))
+
+    def check_queue(self, num_open: int) -> None:
+        """Raise `QueueFullError` if `num_open` unfinished requests fill every running place and the queue."""
+        waiting, limit = num_open - self.options.max_num_seqs, self.options.max_queue
+        if limit is not None and waiting >= limit:
+            raise QueueFullError(
+                f"{waiting} requests are waiting and max_queue is {limit}: try again later.",
+                retry_after=1.0,
+            )
+
+    def prepare(self, request: Request) -> Sequence:
+        """Check a request against this engine and build its sequence; reads nothing that a step changes."""
+        params = request.params
+        try:
+            prompt = array("q", request.prompt_token_ids)
+        except (TypeError, OverflowError):
+            raise InvalidRequestError(
+                "The prompt holds something that is no token id: give whole numbers.", param="prompt"
+            ) from None
+        if not prompt:
+            raise InvalidRequestError("The prompt is empty: give at least one token.", param="prompt")
+        self._check_ids("prompt", prompt)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", params.logit_bias)
+        for words in request.bad_token_sequences:
+            self._check_ids("bad_words", words)
+            if not words:
+                raise InvalidRequestError("bad_words contains an empty word: leave it out.", param="bad_words")
+        self._check_length(len(prompt), params.max_tokens)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        wanted = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+        sequence = Sequence(request, max_length=wanted, stop_ids=stop_ids, sampling=SamplingState(request, stop_ids))
+        self.pool.extend_digests(sequence)
+        return sequence
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Queue a prepared sequence. Raises `InvalidRequestError` if its id is in use."""
+        if sequence.request_id in self.sequences:
+            raise InvalidRequestError(
+                f"A request {sequence.request_id!r} is already being served: choose another id.", param="request_id"
+            )
+        self.sequences[sequence.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> bool:
+        """Take a request back, wherever it stands; False if it is not known (any more)."""
+        sequence = self.sequences.get(request_id)
+        if sequence is None:
+            return False
+        self._finish(sequence, FinishReason.CANCELLED)
+        return True
+
+    def end_all(self, reason: FinishReason, message: str | None = None) -> None:
+        """Finish every request, because the engine stops."""
+        for sequence in list(self.sequences.values()):
+            self._finish(sequence, reason, message=message)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queues, cache and counters."""
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_total=self.pool.num_blocks,
+            blocks_free=self.pool.num_free_blocks,
+            blocks_cached=self.pool.num_cached_blocks,
+            prefix_query_tokens=self.scheduler.prompt_tokens if self.pool.caching else 0,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            computed_tokens=self._computed_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self.scheduler.num_preemptions,
+            steps=self._steps,
+            failed_steps=self._failed_steps,
+            finished=dict(self._finished),
+            last_step_seconds=self._last_step_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if any block or request leaked."""
+        self.scheduler.check_integrity()
+        queued = [*self.scheduler.running, *self.scheduler.waiting]
+        if len(queued) != len(self.sequences) or any(self.sequences.get(s.request_id) is not s for s in queued):
+            raise IntegrityError(f"{len(self.sequences)} requests are open but {len(queued)} are queued")
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        low, high = min(ids, default=0), max(ids, default=0)
+        if low < 0 or high >= self.vocab_size:
+            raise InvalidRequestError(
+                f"{name} holds token id {low if low < 0 else high}: the model knows ids 0 to {self.vocab_size - 1}.",
+                param=name,
+            )
+
+    def _check_length(self, num_prompt: int, max_tokens: int | None) -> None:
+        limit = self.max_model_len
+        if num_prompt >= limit:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt} tokens but the model's length is {limit}, prompt and answer together: "
+                "shorten the prompt."
+            )
+        if max_tokens is not None and num_prompt + max_tokens > limit:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together "
+                f"{num_prompt + max_tokens}, but the model's length is {limit}: "
+                f"shorten the prompt or set max_tokens to at most {limit - num_prompt}."
+            )
+
+    def _finish_step(self, chunks: Ordered[Chunk], tokens: Ordered[GeneratedToken | str]) -> None:
+        self.scheduler.commit(chunks)
+        self.consecutive_failures = 0
+        self._steps += 1
+        self._computed_tokens += sum(chunk.num_tokens for chunk in chunks)
+        sampling = (chunk.sequence for chunk in chunks if chunk.samples)
+        for sequence, token in zip(sampling, tokens, strict=True):
+            if sequence.status is SequenceStatus.FINISHED:  # a sink cancelled it meanwhile
+                continue
+            if isinstance(token, str):
+                self._finish(sequence, FinishReason.ERROR, message=token)
+            else:
+                self._deliver(sequence, token)
+
+    def _deliver(self, sequence: Sequence, token: GeneratedToken) -> None:
+        """Append a sampled token, and what its sink forces after it, until one of them ends the sequence."""
+        pending = deque([token])
+        while pending and sequence.status is not SequenceStatus.FINISHED:
+            token = pending.popleft()
+            sequence.token_ids.append(token.token_id)
+            self._generated_tokens += 1
+            try:
+                steering = sequence.request.sink.push(token)
+                self._check_ids("Steering.force", steering.force)
+            except Exception:
+                logger.exception("The sink of request %r failed", sequence.request_id)
+                self._finish(sequence, FinishReason.ERROR, message=SINK_FAILED)
+                return
+            self._end_if_due(sequence, token, steering)
+            pending.extend(GeneratedToken(forced, forced=True) for forced in steering.force)
+
+    def _end_if_due(self, sequence: Sequence, token: GeneratedToken, steering: Steering) -> None:
+        if sequence.status is SequenceStatus.FINISHED:  # the sink cancelled its own request
+            return
+        if token.token_id in sequence.stop_ids and not token.forced:
+            self._finish(sequence, FinishReason.STOP, stop_token_id=token.token_id)
+        elif steering.stop:
+            self._finish(sequence, FinishReason.STOP)
+        elif len(sequence.token_ids) >= sequence.max_length:
+            self._finish(sequence, FinishReason.LENGTH)
+
+    def _fail_step(self, chunks: Ordered[Chunk]) -> None:
+        """End the requests of a batch that could not be computed; the others lose nothing."""
+        logger.exception("A step of %d sequences failed", len(chunks))
+        self.consecutive_failures += 1
+        self._failed_steps += 1
+        for chunk in chunks:
+            self._finish(chunk.sequence, FinishReason.ERROR, message=STEP_FAILED)
+        self.check_integrity()
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        stop_token_id: int | None = None,
+        message: str | None = None,
+    ) -> None:
+        if sequence.status is SequenceStatus.FINISHED:  # its sink cancelled it just now
+            return
+        self.scheduler.remove(sequence)
+        del self.sequences[sequence.request_id]
+        self._finished[reason] += 1
+        finish = Finish(
+            reason=reason,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_generated_tokens=sequence.num_generated_tokens,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            stop_token_id=stop_token_id,
+            message=message,
+        )
+        try:
+            sequence.request.sink.finish(finish)
+        except Exception:
+            logger.exception("The sink of request %r failed at its end", sequence.request_id)

@@ -1,0 +1,89 @@
+"""What the one who starts an engine may choose, and the range of each choice. Knows no tensors and no model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tern.errors import OptionError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes and limits of one engine.
+
+    `max_model_len`: longest sequence, prompt and answer together, in tokens; None is the model's own length.
+    `max_num_seqs`: sequences computed together. `max_num_batched_tokens`: tokens of one step, all sequences together;
+    a smaller number answers running requests sooner while a long prompt is read, a larger one reads it faster.
+    `block_size`: tokens a cache block holds. The cache's size is `num_kv_blocks` blocks or `kv_cache_memory` bytes or,
+    with neither, what `tern.engine.cache_size` takes from free memory. `enable_prefix_caching` reuses the blocks of
+    prompts that begin alike. `max_queue`: requests that may wait before new ones are refused; None never refuses.
+    `dtype` and `device` are those of the loaded model. `check_integrity_when_idle` verifies the engine's books each
+    time it runs out of work.
+
+    Raises `OptionError` that names the option, the value and the limit.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    kv_cache_memory: int | None = None
+    enable_prefix_caching: bool = True
+    max_queue: int | None = 1024
+    dtype: str = "auto"
+    device: str = "auto"
+    check_integrity_when_idle: bool = False
+
+    def __post_init__(self) -> None:
+        _optional_integer("max_model_len", self.max_model_len, 2, 2**31 - 1)
+        _integer("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _integer("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        _integer("block_size", self.block_size, 1, 1024)
+        _optional_integer("num_kv_blocks", self.num_kv_blocks, 1, 2**31 - 1)
+        _optional_integer("kv_cache_memory", self.kv_cache_memory, 1, 2**50)
+        _optional_integer("max_queue", self.max_queue, 1, 2**20)
+        for name in ("enable_prefix_caching", "check_integrity_when_idle"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} is {getattr(self, name)!r}: it must be true or false.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise OptionError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens} but max_num_seqs is {self.max_num_seqs}: "
+                "every running sequence needs a token in each step, so raise the one or lower the other."
+            )
+        if self.num_kv_blocks is not None and self.kv_cache_memory is not None:
+            raise OptionError(
+                f"num_kv_blocks is {self.num_kv_blocks} and kv_cache_memory is {self.kv_cache_memory}: "
+                "both set the size of the cache, so give only one."
+            )
+        if self.dtype not in DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}.")
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
+
+    @classmethod
+    def from_keywords(cls, **values: Any) -> EngineOptions:
+        """Build options from names that a user wrote; an unknown name is refused with the nearest known one."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+                raise OptionError(f"There is no engine option {name!r}: {hint}")
+        return cls(**values)
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OptionError(f"{name} is {value!r}: it must be a whole number from {low} to {high}.")
+
+
+def _optional_integer(name: str, value: object, low: int, high: int) -> None:
+    if value is not None:
+        _integer(name, value, low, high)

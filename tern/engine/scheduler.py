@@ -1,0 +1,190 @@
+"""Which tokens the next step computes. Knows sequences, blocks and the token budget; knows no tensors and no sampling.
+
+Two lists in order of service (priority, then arrival): `running` sequences own blocks for all their tokens, `waiting`
+ones own nothing. A step is composed in three moves:
+
+    1. every running sequence gets the blocks for its new tokens; when none is free, the last in order is preempted
+    2. the budget is dealt to running sequences: decodes first, so that no prompt stalls them, then the rest in order
+    3. what is left admits waiting sequences, in order, each starting from the cached blocks its prompt begins with
+
+A preempted sequence keeps its tokens, loses its blocks and is computed again later; its output does not change.
+The first in order can take the blocks of all others and a full-length sequence fits the pool, so work always goes on.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from operator import attrgetter
+
+from tern.engine.block_pool import BlockPool, IntegrityError
+from tern.engine.sequence import Sequence, SequenceStatus
+
+_ORDER = attrgetter("order")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`num_tokens` uncomputed tokens of a sequence, to be computed in one step.
+
+    `samples`: they are the last uncomputed ones, so the step gives the sequence its next token.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+    samples: bool
+
+
+class Scheduler:
+    """Composes steps of at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens."""
+
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self.prompt_tokens = 0
+        self.prefix_hit_tokens = 0
+        self._arrivals = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence behind those of its priority."""
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self._wait(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it stands, and free its blocks."""
+        queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
+        queue.remove(sequence)
+        self.pool.release(sequence)
+        sequence.status = SequenceStatus.FINISHED
+
+    def schedule(self) -> list[Chunk]:
+        """Compose the next step; an empty list means that there is nothing to do."""
+        ready, preempted = self._reserve_running()
+        chunks = self._deal(ready)
+        if not preempted:  # blocks just taken from one sequence are for those that run
+            self._admit(chunks)
+        return chunks
+
+    def commit(self, chunks: Ordered[Chunk]) -> None:
+        """Note that the step's tokens are computed, and make their full blocks findable."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            first = sequence.num_computed_tokens
+            sequence.num_computed_tokens += chunk.num_tokens
+            self.pool.remember(sequence, first)
+
+    def check_integrity(self) -> None:
+        """Raise `IntegrityError` if a sequence or a block is lost, misplaced or owned twice."""
+        self.pool.check_integrity(self.running)
+        for queue, status in ((self.waiting, SequenceStatus.WAITING), (self.running, SequenceStatus.RUNNING)):
+            if any(sequence.status is not status for sequence in queue):
+                raise IntegrityError(f"the {status.name} queue holds a sequence of another status: {queue}")
+            if queue != sorted(queue, key=_ORDER):
+                raise IntegrityError(f"the {status.name} queue is out of order: {queue}")
+        for sequence in self.waiting:
+            if sequence.block_table or sequence.num_computed_tokens:
+                raise IntegrityError(f"{sequence} waits, yet owns blocks or computed tokens")
+        for sequence in self.running:
+            owned = len(sequence.block_table) * self.pool.block_size
+            if not 0 <= sequence.num_computed_tokens <= min(owned, len(sequence.token_ids)):
+                raise IntegrityError(f"{sequence} has more computed tokens than tokens or blocks")
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.status = SequenceStatus.WAITING
+        insort(self.waiting, sequence, key=_ORDER)
+
+    def _reserve_running(self) -> tuple[list[Sequence], bool]:
+        """Give running sequences blocks for their new tokens; return those that have them, and if any was preempted.
+
+        The last in order, when it is itself short, keeps what it has and sits this step out.
+        """
+        ready: list[Sequence] = []
+        preempted = False
+        position = 0
+        while position < len(self.running):
+            sequence = self.running[position]
+            missing = self.pool.blocks_missing(sequence)
+            while missing > self.pool.num_free_blocks and position < len(self.running) - 1:
+                self._preempt(self.running[-1])
+                preempted = True
+            if missing <= self.pool.num_free_blocks:
+                self.pool.reserve(sequence)
+                ready.append(sequence)
+            position += 1
+        return ready, preempted
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence)
+        sequence.num_computed_tokens = 0
+        self.num_preemptions += 1
+        self._wait(sequence)
+
+    def _deal(self, ready: list[Sequence]) -> list[Chunk]:
+        """Deal the budget: single tokens first, then short runs (forced tokens, a prompt's end), then long prompts."""
+        budget = self.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        for sequence in sorted(ready, key=self._length_class):
+            if budget == 0:
+                break
+            chunks.append(_chunk(sequence, budget))
+            budget -= chunks[-1].num_tokens
+        return chunks
+
+    def _length_class(self, sequence: Sequence) -> int:
+        left = sequence.num_uncomputed_tokens
+        return 0 if left == 1 else 1 if left <= self.pool.block_size else 2
+
+    def _admit(self, chunks: list[Chunk]) -> None:
+        """Start waiting sequences while budget, places and blocks last.
+
+        Each must leave the running ones a free block apiece, or it would be preempted at once. One whose next block a
+        running sequence is computing right now waits for that instead of computing it too; others may go before it.
+        """
+        budget = self.max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks)
+        for sequence in list(self.waiting):
+            if budget == 0 or len(self.running) == self.max_num_seqs:
+                return
+            self.pool.extend_digests(sequence)
+            if any(_computes_prefix(runner, sequence, self.pool.block_size) for runner in self.running):
+                continue
+            found = self.pool.find_prefix(sequence)
+            missing = self.pool.blocks_for(len(sequence.token_ids)) - len(found)
+            if missing + len(self.running) > self.pool.num_free_without(found):
+                return
+            self._start(sequence, found)
+            chunks.append(_chunk(sequence, budget))
+            budget -= chunks[-1].num_tokens
+
+    def _start(self, sequence: Sequence, found: list[int]) -> None:
+        self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        insort(self.running, sequence, key=_ORDER)
+        self.pool.share(sequence, found)
+        self.pool.reserve(sequence)
+        sequence.num_computed_tokens = len(found) * self.pool.block_size
+        if sequence.num_cached_tokens is None:  # a preempted sequence finding its own blocks again is no hit
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self.prompt_tokens += sequence.num_prompt_tokens
+            self.prefix_hit_tokens += sequence.num_cached_tokens
+
+
+def _chunk(sequence: Sequence, budget: int) -> Chunk:
+    left = sequence.num_uncomputed_tokens
+    return Chunk(sequence, min(left, budget), samples=left <= budget)
+
+
+def _computes_prefix(runner: Sequence, sequence: Sequence, block_size: int) -> bool:
+    """Whether the full block that `runner` computes next is also the next one that `sequence` could reuse.
+
+    Digests are chained: equal digests mean equal content up to and including that block.
+    """
+    index = runner.num_computed_tokens // block_size
+    reusable = min(len(sequence.digests), (len(sequence.token_ids) - 1) // block_size)
+    return index < min(reusable, len(runner.digests)) and runner.digests[index] == sequence.digests[index]

@@ -1,0 +1,176 @@
+"""An engine on a thread of its own: the door for servers. Knows threads and the engine's life; computes nothing.
+
+Callers on any thread leave commands; the engine's thread applies them between two steps, so the engine itself needs no
+locks and a cancelled request stops within one step. Without work the thread sleeps until a command wakes it.
+
+    starting --start()--> ready --drain()--> draining --stop()--> stopped
+                             \\------ engine broken ------> failed
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from enum import StrEnum
+
+from tern.engine.engine import Engine, EngineStats
+from tern.engine.request import FinishReason, Request
+from tern.engine.sequence import Sequence
+from tern.errors import EngineUnavailableError, InvalidRequestError
+
+logger = logging.getLogger(__name__)
+
+MAX_CONSECUTIVE_FAILURES = 3
+IDLE_BEAT_SECONDS = 1.0
+
+FAILED = "The engine has failed and serves no more requests; its log says why. Restart it."
+STOPPED = "The engine was stopped before the request was done."
+
+
+class ServiceState(StrEnum):
+    """The life of a service."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class EngineService:
+    """Runs one engine; every method may be called from any thread.
+
+    `submit` checks a request at once, on the caller's thread, against what never changes; the sinks of accepted
+    requests are called on the engine's thread.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._commands: deque[Callable[[], object]] = deque()
+        self._pending: dict[str, Sequence] = {}  # submitted, not yet with the engine
+        self._changed = threading.Condition()  # guards everything in this class
+        self._state = ServiceState.STARTING
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="tern-engine", daemon=True)
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that is served; only its unchanging properties may be read from other threads."""
+        return self._engine
+
+    @property
+    def state(self) -> ServiceState:
+        """starting, ready, draining, failed or stopped."""
+        return self._state
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and answer together, in tokens."""
+        return self._engine.max_model_len
+
+    def start(self) -> None:
+        """Begin to serve."""
+        with self._changed:
+            if self._state is not ServiceState.STARTING:
+                raise RuntimeError(f"the service is {self._state}: it can be started once")
+            self._state = ServiceState.READY
+            self._beat = time.monotonic()
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises `InvalidRequestError`, `ContextLengthError`, `QueueFullError` or `EngineUnavailableError`; its sink is
+        not called then.
+        """
+        sequence = self._engine.prepare(request)  # hashes the prompt too, off the engine's thread
+        with self._changed:
+            if self._state is not ServiceState.READY:
+                raise EngineUnavailableError(f"The engine is {self._state} and takes no new requests: try again later.")
+            if request.request_id in self._pending or request.request_id in self._engine.sequences:
+                raise InvalidRequestError(
+                    f"A request {request.request_id!r} is already being served: choose another id.", param="request_id"
+                )
+            self._engine.check_queue(len(self._pending) + len(self._engine.sequences))
+            self._pending[request.request_id] = sequence
+            self._command(lambda: self._engine.enqueue(self._pending.pop(request.request_id)))
+
+    def cancel(self, request_id: str) -> bool:
+        """Take a request back; its work stops within one step. False if it is not known (any more)."""
+        with self._changed:
+            if request_id not in self._pending and request_id not in self._engine.sequences:
+                return False
+            self._command(lambda: self._engine.cancel(request_id))
+            return True
+
+    def stats(self) -> EngineStats:
+        """The engine's counters, at most one step old."""
+        return self._engine.stats()
+
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine's thread last began a step, or woke for nothing: large when it hangs or is dead."""
+        return time.monotonic() - self._beat
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new requests and wait until the open ones are done; False if `timeout` seconds did not suffice."""
+        with self._changed:
+            if self._state is ServiceState.READY:
+                self._state = ServiceState.DRAINING
+            return self._changed.wait_for(self._is_idle, timeout)
+
+    def stop(self) -> None:
+        """End the thread after its present step; requests still open are finished as cancelled."""
+        with self._changed:
+            started = self._thread.ident is not None
+            if self._state is not ServiceState.FAILED:
+                self._state = ServiceState.STOPPED
+            self._changed.notify_all()
+        if started and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _command(self, command: Callable[[], object]) -> None:
+        self._commands.append(command)
+        self._changed.notify_all()
+
+    def _is_idle(self) -> bool:
+        return not self._commands and not self._engine.has_work
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+            self._engine.end_all(FinishReason.CANCELLED, STOPPED)
+        except Exception:
+            logger.exception("The engine has failed")
+            self._fail()
+
+    def _turn(self) -> bool:
+        """Apply commands, then one step, or sleep until there is something to do; False when the service stops."""
+        with self._changed:
+            self._beat = time.monotonic()
+            while self._commands:
+                self._commands.popleft()()
+            if self._state is ServiceState.STOPPED:
+                return False
+            if not self._engine.has_work:
+                if self._engine.options.check_integrity_when_idle:
+                    self._engine.check_integrity()
+                self._changed.notify_all()  # to those who wait for the drain
+                self._changed.wait(IDLE_BEAT_SECONDS)
+                return True
+        self._engine.step()
+        if self._engine.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            raise RuntimeError(f"{self._engine.consecutive_failures} steps in a row failed")
+        return True
+
+    def _fail(self) -> None:
+        """Answer every request with an error and refuse all further ones."""
+        with self._changed:
+            self._state = ServiceState.FAILED
+            while self._commands:
+                self._commands.popleft()()
+            self._engine.end_all(FinishReason.ERROR, FAILED)
+            self._changed.notify_all()

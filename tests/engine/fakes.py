@@ -1,0 +1,143 @@
+"""Stand-ins for the engine's tests: a model that is a pure function of its context, and a sink that remembers all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tern.engine import CONTINUE, Engine, EngineOptions, Finish, GeneratedToken, Request, SamplingParams, Steering
+from tern.model.batch import Batch, KVCache
+
+VOCAB = 61
+EOS = 2
+LENGTH = 96
+
+
+class HashModel:
+    """Logits that depend on every token of the context and its position, read back through the block tables.
+
+    Its "keys" are the tokens themselves and its "values" their positions, so any slot that is written wrongly, read
+    before it is written or taken from a stale block changes the answer or raises.
+    """
+
+    def __init__(self, vocab_size: int = VOCAB, length: int = LENGTH) -> None:
+        self.config: Any = SimpleNamespace(
+            vocab_size=vocab_size,
+            max_position_embeddings=length,
+            num_hidden_layers=1,
+            num_key_value_heads=1,
+            head_dim=1,
+        )
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self.table = torch.randn(8191, vocab_size, generator=torch.Generator().manual_seed(5))
+        self.batches: list[Batch] = []
+        self.fail_next = 0
+        self.spoil_token: int | None = None  # a context that contains it gives logits that are not finite
+
+    def hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
+        self.batches.append(batch)
+        if self.fail_next:
+            self.fail_next -= 1
+            raise RuntimeError("the fake model fails as asked")
+        size = kv.block_size
+        kv.keys.view(-1)[batch.slots] = batch.token_ids.float()
+        kv.values.view(-1)[batch.slots] = batch.positions.float()
+        rows = []
+        starts = batch.query_starts.tolist()
+        for index, context_len in enumerate(batch.context_lens.tolist()):
+            slots = (batch.block_tables[index][:, None] * size + torch.arange(size)).view(-1)[:context_len]
+            tokens, positions = kv.keys.view(-1)[slots], kv.values.view(-1)[slots]
+            assert positions.tolist() == list(range(context_len)), "the cache holds other positions than it should"
+            count = starts[index + 1] - starts[index]
+            assert batch.positions[starts[index] : starts[index + 1]].tolist() == list(
+                range(context_len - count, context_len)
+            )
+            rows += [hash_context(tokens[: context_len - count + 1 + row].long().tolist()) for row in range(count)]
+            if self.spoil_token is not None and self.spoil_token in tokens.tolist():
+                rows[-1] = -1
+        return torch.tensor(rows, dtype=torch.float64)[:, None]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        keys = hidden[:, 0].long()
+        logits = self.table[keys.clamp(min=0)].clone()
+        logits[keys < 0] = float("nan")
+        return logits
+
+
+def hash_context(tokens: list[int]) -> int:
+    """A number below 8191 that depends on every token and its place."""
+    value = 17
+    for token in tokens:
+        value = (value * 1_000_003 + token + 1) % 2_147_483_647
+    return value % 8191
+
+
+@dataclass
+class Recorder:
+    """A sink that keeps what it is given. `script` maps a count of pushed tokens to an answer."""
+
+    script: dict[int, Steering] = field(default_factory=dict)
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    finishes: list[Finish] = field(default_factory=list)
+    raise_at: int | None = None
+    raise_at_end: bool = False
+
+    def push(self, token: GeneratedToken) -> Steering:
+        assert not self.finishes, "a token after the end"
+        self.tokens.append(token)
+        if self.raise_at == len(self.tokens):
+            raise ValueError("the sink fails as asked")
+        return self.script.get(len(self.tokens), CONTINUE)
+
+    def finish(self, finish: Finish) -> None:
+        self.finishes.append(finish)
+        if self.raise_at_end:
+            raise ValueError("the sink fails at its end as asked")
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def end(self) -> Finish:
+        assert len(self.finishes) == 1, f"finished {len(self.finishes)} times"
+        return self.finishes[0]
+
+
+def make_engine(model: Any = None, **options: Any) -> Engine:
+    """A small engine; without another wish 4-token blocks for four full sequences."""
+    values: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
+    return Engine(model or HashModel(), {EOS}, EngineOptions.from_keywords(**{**values, **options}))
+
+
+def make_request(request_id: str, prompt: list[int], *, sink: Recorder | None = None, **fields: Any) -> Request:
+    """A request whose other keywords go to `SamplingParams`, or to the request where they belong there."""
+    own = {
+        name: fields.pop(name)
+        for name in ("priority", "cache_salt", "choice_index", "bad_token_sequences")
+        if name in fields
+    }
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **fields})
+    return Request(request_id, tuple(prompt), params, sink or Recorder(), **own)
+
+
+def add(engine: Engine, request_id: str, prompt: list[int], **fields: Any) -> Recorder:
+    """Add a request with a recording sink, and return the sink."""
+    request = make_request(request_id, prompt, **fields)
+    engine.add(request)
+    assert isinstance(request.sink, Recorder)
+    return request.sink
+
+
+def run(engine: Engine, limit: int = 2000) -> int:
+    """Step until idle, checking the books after every step; returns the number of steps."""
+    for steps in range(limit):
+        if not engine.step():
+            assert not engine.has_work, "the engine idles although requests are open"
+            return steps
+        engine.check_integrity()
+    raise AssertionError(f"still busy after {limit} steps")
