@@ -2,6 +2,17 @@
 
 from tern.model.batch import Batch, KVCache
 from tern.model.config import ErnieConfig
+from tern.model.decoder import ErnieModel
+from tern.model.mtp import MultiTokenPredictor
 from tern.model.parameters import OPTIONAL_PARAMETERS, float32_parameters, parameter_shapes
 
-__all__ = ["OPTIONAL_PARAMETERS", "Batch", "ErnieConfig", "KVCache", "float32_parameters", "parameter_shapes"]
+__all__ = [
+    "OPTIONAL_PARAMETERS",
+    "Batch",
+    "ErnieConfig",
+    "ErnieModel",
+    "KVCache",
+    "MultiTokenPredictor",
+    "float32_parameters",
+    "parameter_shapes",
+]

@@ -53,8 +53,16 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, config: ErnieConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        cls,
+        config: ErnieConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_layers: int | None = None,
     ) -> KVCache:
-        """Reserve `num_blocks` blocks of `block_size` tokens for every layer."""
-        shape = (config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        """Reserve `num_blocks` blocks of `block_size` tokens for every layer of the decoder, or for `num_layers`."""
+        layers = config.num_hidden_layers if num_layers is None else num_layers
+        shape = (layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))

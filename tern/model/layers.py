@@ -1,0 +1,136 @@
+"""The parts of a decoder layer: attention, SwiGLU, experts. Knows the arithmetic's names; knows no layer numbers.
+
+A part holds views of its parameters and is called with the rows of one step, `[tokens, hidden_size]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tern import ops
+from tern.model.batch import Batch
+from tern.model.config import ErnieConfig
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every layer of one forward pass shares: where tokens stand, where they are written, what they may see.
+
+    `cosines`, `signed_sines` [tokens, head_dim] float32; `slots` [tokens].
+    """
+
+    cosines: Tensor
+    signed_sines: Tensor
+    slots: Tensor
+    plan: ops.AttentionPlan
+
+    @classmethod
+    def of(cls, batch: Batch, frequencies: Tensor, block_size: int) -> Step:
+        """Prepare `batch` for a cache of `block_size` tokens a block."""
+        cosines, signed_sines = ops.rotary_table(batch.positions, frequencies)
+        plan = ops.plan_attention(batch.query_starts, batch.context_lens, batch.block_tables, block_size)
+        return cls(cosines, signed_sines, batch.slots, plan)
+
+
+class Parameters:
+    """The parameters below a prefix, by the rest of their canonical names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        self._tensors = tensors
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def get(self, name: str) -> Tensor | None:
+        """The parameter, or None where the network has none of this name."""
+        return self._tensors.get(self._prefix + name)
+
+    def under(self, prefix: str) -> Parameters:
+        """The parameters below `prefix`."""
+        return Parameters(self._tensors, self._prefix + prefix)
+
+
+class Linear:
+    """A matrix and perhaps a bias: `[tokens, in]` -> `[tokens, out]`."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.weight = parameters["weight"]
+        self.bias = parameters.get("bias")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+class SwiGLU:
+    """down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.gate_up = Linear(parameters.under("gate_up."))
+        self.down = Linear(parameters.under("down."))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(ops.silu_mul(self.gate_up(x)))
+
+
+class Experts:
+    """Mixture of experts: each token's top experts, weighted by the router, and the shared experts unweighted."""
+
+    def __init__(self, config: ErnieConfig, parameters: Parameters) -> None:
+        self.experts_per_token = config.moe_k
+        self.norm_min = config.moe_norm_min
+        self.router = parameters["router"]
+        self.correction_bias = parameters["correction_bias"]
+        self.gate_up = parameters["gate_up"]
+        self.down = parameters["down"]
+        self.shared = SwiGLU(parameters.under("shared.")) if config.moe_num_shared_experts > 0 else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights, experts = ops.route(x, self.router, self.correction_bias, self.experts_per_token, self.norm_min)
+        routed = ops.mix_experts(x, weights, experts, self.gate_up, self.down)
+        return routed if self.shared is None else routed + self.shared(x)
+
+
+class Attention:
+    """Grouped-query attention with interleaved rotary embedding over the paged cache."""
+
+    def __init__(self, config: ErnieConfig, parameters: Parameters) -> None:
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.qkv = Linear(parameters.under("qkv."))
+        self.o = Linear(parameters.under("o."))
+
+    def __call__(self, x: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+        qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
+        rotated = ops.apply_rotary(qkv[:, : self.heads + self.kv_heads], step.cosines, step.signed_sines)
+        keys, values = rotated[:, self.heads :], qkv[:, self.heads + self.kv_heads :]
+        ops.write_kv(key_cache, value_cache, keys, values, step.slots)
+        attended = ops.paged_attention(rotated[:, : self.heads], key_cache, value_cache, step.plan)
+        return self.o(attended.flatten(1))
+
+
+class DecoderLayer:
+    """One pre-norm layer: x += attention(norm(x)); x += mlp(norm(x)), where mlp is a SwiGLU or a mixture of experts."""
+
+    def __init__(self, config: ErnieConfig, parameters: Parameters, *, moe: bool) -> None:
+        self.eps = config.rms_norm_eps
+        self.attn_norm = parameters["attn_norm"]
+        self.mlp_norm = parameters["mlp_norm"]
+        self.attention = Attention(config, parameters.under("attn."))
+        self.mlp = Experts(config, parameters.under("moe.")) if moe else SwiGLU(parameters.under("mlp."))
+
+    def __call__(
+        self, delta: Tensor | None, residual: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`delta` is what the layer before has still to add to the `residual` stream, and what this one returns first.
+
+        Adding it belongs to the next norm, which so reads and writes the stream once.
+        """
+        x, residual = ops.add_rms_norm(delta, residual, self.attn_norm, self.eps)
+        delta = self.attention(x, step, key_cache, value_cache)
+        x, residual = ops.add_rms_norm(delta, residual, self.mlp_norm, self.eps)
+        return self.mlp(x), residual

@@ -1,0 +1,142 @@
+"""The arithmetic of the network in plain torch: the truth that every faster version is compared with.
+
+Knows tensors and their shapes; knows no layers, batches or requests. Letters in shapes: T tokens, H hidden size,
+N query heads, G key/value heads, D head dim, F feed-forward width, E experts, I expert width, K experts per token.
+
+Each row of a result depends on its own inputs only, so that a token's value does not change with what else is in the
+batch. In exact arithmetic that is free; in float32 it also takes `linear`'s and attention's care for how a matrix
+product is rounded (see `pad_rows`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# A float32 product with fewer rows than this is computed with rows of padding: see `pad_rows`.
+_STABLE_ROWS = 16
+
+
+def embed(token_ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of the embedding: `token_ids` [T], `table` [V, H] -> [T, H]."""
+    return functional.embedding(token_ids, table)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis (arXiv 1910.07467): `x` [T, H], `weight` [H] -> [T, H].
+
+    Computed in float32 and rounded to the type of `x` before it is scaled.
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add `delta` [T, H] to the residual stream [T, H] and norm the sum -> (normed, new residual).
+
+    `delta` None: there is nothing to add yet.
+    """
+    if delta is not None:
+        residual = residual + delta
+    return rms_norm(residual, weight, eps), residual
+
+
+def rotary_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """The angle that each element of a head turns by per position: [D] float32, pairs 2j and 2j+1 alike (RoFormer)."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    return (1.0 / theta**exponents).repeat_interleave(2)
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for `positions` [T] int64 and `frequencies` [D] -> two [T, D] float32.
+
+    Element 2j's sine is negated: a pair (a, b) turns into (a cos - b sin, b cos + a sin). Angles are float32 products
+    as in transformers: past position 100 000 other roundings would give other angles than the model was trained with.
+    """
+    angles = positions.to(torch.float32)[:, None] * frequencies
+    signs = torch.tensor([-1.0, 1.0], device=angles.device).repeat(frequencies.shape[0] // 2)
+    return angles.cos(), angles.sin() * signs
+
+
+def apply_rotary(x: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
+    """Rotary embedding on interleaved pairs: `x` [T, heads, D], tables [T, D] -> [T, heads, D] in the type of `x`.
+
+    Elements 2j and 2j+1 are a pair (as in GPT-J), not j and j + D/2. Computed in float32.
+    """
+    wide = x.float()
+    swapped = wide.view(*wide.shape[:-1], wide.shape[-1] // 2, 2).flip(-1).flatten(-2)
+    return (wide * cosines[:, None] + swapped * signed_sines[:, None]).to(x.dtype)
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """`x` [..., rows, n] with rows of zeros added, so that a product rounds each row alike however many there are.
+
+    On the CPU a float32 product of one to three rows goes through other kernels than one of many, which add in another
+    order; a token would get other last bits alone than in a batch. Fewer than 16 rows therefore become 4, 8 or 16
+    (which about doubles the time of a single one). bf16 products are rounded once, from float32 sums, and come out
+    alike.
+    """
+    rows = x.shape[-2]
+    if rows >= _STABLE_ROWS or rows == 0 or x.dtype != torch.float32 or x.device.type != "cpu":
+        return x
+    return functional.pad(x, (0, 0, 0, max(4, 1 << (rows - 1).bit_length()) - rows))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
+    return functional.linear(pad_rows(x), weight, bias)[: x.shape[0]]
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """The gate of SwiGLU (arXiv 2002.05202): `gate_up` [T, 2F], gate first -> silu(gate) * up, [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def route(
+    x: Tensor, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """Choose the experts of each token -> (weights [T, K] float32, experts [T, K] int64).
+
+    `x` [T, H], `router` [E, H] float32, `correction_bias` [E] float32. All in float32: p = softmax(x W); the experts
+    are the top K of p + bias; their weights are the unbiased p, divided by max(sum, `norm_min`).
+    """
+    probabilities = linear(x.float(), router).softmax(dim=-1)
+    experts = torch.topk(probabilities + correction_bias, experts_per_token, dim=-1).indices
+    weights = probabilities.gather(-1, experts)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=norm_min), experts
+
+
+def mix_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The weighted sum of each token's experts, SwiGLUs without bias -> [T, H] in the type of `x`.
+
+    `x` [T, H], `weights` [T, K] float32, `experts` [T, K], `gate_up` [E, 2I, H], `down` [E, H, I]. Tokens are sorted by
+    expert once, and only the experts that a token chose are read. A token's terms are added in float32, in the order
+    of the experts' numbers.
+    """
+    order = experts.flatten().argsort(stable=True)
+    tokens = order // experts.shape[1]
+    inputs = x[tokens]
+    row_weights = weights.flatten()[order, None]
+    mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    counts = torch.bincount(experts.flatten(), minlength=gate_up.shape[0]).tolist()
+    start = 0
+    for expert, count in enumerate(counts):
+        if count == 0:
+            continue
+        rows = slice(start, start + count)
+        output = linear(silu_mul(linear(inputs[rows], gate_up[expert])), down[expert])
+        mixed.index_add_(0, tokens[rows], output.float() * row_weights[rows])
+        start += count
+    return mixed.to(x.dtype)
+
+
+def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Store one layer's new keys and values, in place.
+
+    Caches [blocks, block_size, G, D]; `keys`, `values` [T, G, D]; `slots` [T] are block * block_size + offset.
+    """
+    key_cache.flatten(0, 1).index_copy_(0, slots, keys.to(key_cache.dtype))
+    value_cache.flatten(0, 1).index_copy_(0, slots, values.to(value_cache.dtype))
