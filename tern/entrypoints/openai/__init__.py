@@ -1,0 +1,1 @@
+"""FastDeploy's and vLLM's name for the server's module."""

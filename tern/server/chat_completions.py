@@ -1,0 +1,109 @@
+"""POST /v1/chat/completions: from the request's JSON to a generation, and the choice between whole and streamed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from tern.chat import RenderedPrompt, ResponseParser
+from tern.engine import SamplingParams
+from tern.server.auth import owner_of
+from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
+from tern.server.choices import Plan, start
+from tern.server.generation import Generation
+from tern.server.schemas.chat import ChatRequest
+from tern.server.schemas.fields import read_fields
+from tern.server.state import AppState
+from tern.server.streaming import EventStream, while_connected
+
+EFFORT_TOKENS = {"none": 0, "low": 1024, "medium": 8192, "high": None}
+"""The longest thought, in tokens, for each `reasoning_effort`; None is as long as it takes."""
+
+
+def routes(state: AppState) -> APIRouter:
+    """The family's routes."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def create_chat_completion(http: Request) -> Response:
+        owner = owner_of(http, state.options.api_keys)
+        state.check_ready()
+        body = await state.read_json(http)
+        request = read_fields(ChatRequest, body.fields)
+        request.check()
+        state.check_model(request.model)
+        params = _sampling(state, request)
+        prompt = await state.offload.run(body.size, _render, state, request)
+        shape = _shape(state, request, prompt)
+        generation = _generation(state, request, prompt, params, shape.answer_id, owner)
+        await generation.submit(state.offload)
+        if request.stream:
+            return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
+        async with generation:
+            updates = await while_connected(http.receive, generation.all_updates())
+        return JSONResponse(whole_answer(shape, updates))
+
+    return router
+
+
+def _sampling(state: AppState, request: ChatRequest) -> SamplingParams:
+    return request.sampling_params(
+        state.model.generation.sampling_defaults(),
+        max_tokens=request.token_limit,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        reasoning_max_tokens=_thought_limit(request),
+    )
+
+
+def _thought_limit(request: ChatRequest) -> int | None:
+    """The stricter of the limit in tokens and the limit that the effort implies."""
+    effort = EFFORT_TOKENS.get(request.reasoning_effort or "high")
+    limits = [limit for limit in (request.thinking_limit, effort) if limit is not None]
+    return min(limits, default=None)
+
+
+def _render(state: AppState, request: ChatRequest) -> RenderedPrompt:
+    kwargs: dict[str, Any] = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort == "none":
+        kwargs["enable_thinking"] = False
+    return state.protocol.prompt(request.messages, tools=request.offered_tools, template_kwargs=kwargs)
+
+
+def _shape(state: AppState, request: ChatRequest, prompt: RenderedPrompt) -> ChatShape:
+    return ChatShape(
+        answer_id=f"chatcmpl-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=state.model_name,
+        tokenizer=state.protocol.tokenizer,
+        prompt_token_ids=tuple(prompt.token_ids),
+        choices=request.n,
+        num_top=(request.top_logprobs or 0) if request.logprobs else None,
+        token_ids=request.return_token_ids,
+        usage_at_end=request.usage_at_end,
+        usage_always=request.usage_always,
+    )
+
+
+def _generation(
+    state: AppState,
+    request: ChatRequest,
+    prompt: RenderedPrompt,
+    params: SamplingParams,
+    request_id: str,
+    owner: str | None,
+) -> Generation:
+    plan = Plan(
+        request_id=request_id,
+        prompts=[tuple(prompt.token_ids)],
+        params=params,
+        new_stream=lambda: state.protocol.text_stream(params, prompt=prompt),
+        new_parser=lambda: ResponseParser(tools=request.offered_tools, start=prompt.state),
+        owner=owner,
+        priority=request.priority,
+        single_call=not request.parallel_tool_calls,
+    )
+    return start(state, plan)

@@ -1,0 +1,73 @@
+"""From prompts and parameters to a generation: one engine request and one sink for each choice.
+
+Knows how the families of routes are alike: several prompts, `n` choices of each, all behind one mailbox.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tern.chat import TextStream, bad_word_sequences
+from tern.engine import Request, SamplingParams
+from tern.server.generation import Generation
+from tern.server.sink import ChoiceSink, EventParser, Mailbox
+from tern.server.state import AppState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a request wants generated: `params.n` choices for each prompt, in order.
+
+    `new_stream` and `new_parser` make the text machine of one choice. `owner` is the API key that the request came
+    with: what different owners leave in the prefix cache is kept apart. `priority`: lower goes first.
+    """
+
+    request_id: str
+    prompts: Sequence[tuple[int, ...]]
+    params: SamplingParams
+    new_stream: Callable[[], TextStream]
+    new_parser: Callable[[], EventParser]
+    owner: str | None = None
+    priority: int = 0
+    single_call: bool = False
+
+
+def start(state: AppState, plan: Plan) -> Generation:
+    """A generation for the plan, not submitted yet. Call it on the event loop that will read the updates."""
+    params = plan.params
+    mailbox = Mailbox()
+    stops = frozenset(params.stop_token_ids)
+    ends = stops if params.ignore_eos else stops | state.model.generation.eos_token_ids
+    bad_words = tuple(tuple(ids) for ids in bad_word_sequences(state.protocol.tokenizer, params.bad_words))
+    requests = []
+    for index in range(len(plan.prompts) * params.n):
+        sink = ChoiceSink(
+            index=index,
+            stream=plan.new_stream(),
+            parser=plan.new_parser(),
+            deliver=mailbox.post,
+            observer=state.metrics.observe_choice(),
+            stop_token_ids=stops,
+            hidden_token_ids=frozenset() if params.include_stop_str_in_output else ends,
+            single_call=plan.single_call,
+        )
+        requests.append(
+            Request(
+                request_id=f"{plan.request_id}-{index}",
+                prompt_token_ids=plan.prompts[index // params.n],
+                params=params,
+                sink=sink,
+                bad_token_sequences=bad_words,
+                priority=plan.priority,
+                cache_salt=cache_salt(plan.owner),
+                choice_index=index % params.n,
+            )
+        )
+    return Generation(state.engine, mailbox, requests)
+
+
+def cache_salt(owner: str | None) -> bytes:
+    """What keeps the prefix-cache entries of one API key apart from all others; nothing where there are no keys."""
+    return b"" if owner is None else hashlib.sha256(b"tern prefix cache\0" + owner.encode()).digest()

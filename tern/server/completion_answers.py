@@ -1,0 +1,159 @@
+"""The answers of /v1/completions as JSON, whole and in chunks. Knows OpenAI's shapes; knows no engine and no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from tern.chat import ContentDelta, Tokenizer
+from tern.engine import FinishReason, GeneratedToken
+from tern.server.body import JsonObject
+from tern.server.generation import Generation
+from tern.server.logprobs import LegacyLogprobs
+from tern.server.progress import Progress, by_choice
+from tern.server.sink import Ending, Update
+from tern.server.streaming import DONE, KEEP_ALIVE, sse
+from tern.server.usage import running_usage, total_usage
+
+
+@dataclass(frozen=True)
+class CompletionShape:
+    """What the request says about the form of its answer.
+
+    `echoes[i]` is the text of prompt i if it is wanted before its completions, else empty. Choice c belongs to prompt
+    `c // choices_each`. `num_top` is None when no log-probabilities are wanted.
+    """
+
+    answer_id: str
+    created: int
+    model: str
+    tokenizer: Tokenizer
+    prompts: tuple[tuple[int, ...], ...]
+    echoes: tuple[str, ...]
+    choices_each: int
+    num_top: int | None
+    token_ids: bool
+    usage_at_end: bool
+    usage_always: bool
+
+    @property
+    def choices(self) -> int:
+        """Number of choices in all."""
+        return len(self.prompts) * self.choices_each
+
+    def prompt_of(self, index: int) -> int:
+        """The prompt that a choice belongs to."""
+        return index // self.choices_each
+
+    def envelope(self, choices: list[JsonObject]) -> JsonObject:
+        """What every answer and chunk begins with."""
+        return {
+            "id": self.answer_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def usage(self, endings: dict[int, Ending]) -> JsonObject:
+        """The usage of all choices, once all have ended."""
+        each = self.choices_each
+        return total_usage(
+            [endings[prompt * each + choice] for choice in range(each)] for prompt in range(len(self.prompts))
+        ).json()
+
+
+class ChoiceWriter:
+    """One choice's pieces of answer: the whole answer is its only piece."""
+
+    def __init__(self, shape: CompletionShape, index: int) -> None:
+        self._shape = shape
+        self._index = index
+        self._echo = shape.echoes[shape.prompt_of(index)]
+        self._logprobs = None if shape.num_top is None else LegacyLogprobs(shape.tokenizer, shape.num_top)
+        self._begun = False
+        self._held: list[GeneratedToken] = []
+
+    def piece(self, progress: Progress) -> JsonObject | None:
+        """The choice's next piece, or None while there is nothing to say; tokens wait for the text they are part of."""
+        self._held += progress.tokens
+        text = "".join(event.text for event in progress.events if isinstance(event, ContentDelta))
+        if not text and progress.ending is None:
+            return None
+        tokens, self._held = self._held, []
+        piece: JsonObject = {
+            "index": self._index,
+            "text": self._echo + text,
+            "logprobs": None if self._logprobs is None else self._logprobs.lists(tokens),
+            "finish_reason": None,
+            "stop_reason": None,
+        }
+        self._echo = ""
+        if self._shape.token_ids:
+            piece["token_ids"] = [token.token_id for token in tokens]
+            if not self._begun:
+                piece["prompt_token_ids"] = list(self._shape.prompts[self._shape.prompt_of(self._index)])
+        self._begun = True
+        if progress.ending is not None:
+            length = progress.ending.finish.reason is FinishReason.LENGTH
+            piece["finish_reason"] = "length" if length else "stop"
+            piece["stop_reason"] = progress.ending.stop_reason
+        return piece
+
+
+def whole_answer(shape: CompletionShape, updates: Iterable[Update]) -> JsonObject:
+    """The answer of a request that does not stream, from all updates of all its choices."""
+    progress = by_choice(updates)
+    pieces = [ChoiceWriter(shape, index).piece(progress[index]) for index in range(shape.choices)]
+    endings = {index: each.ending for index, each in progress.items() if each.ending is not None}
+    answer = shape.envelope([piece for piece in pieces if piece is not None])
+    answer["usage"] = shape.usage(endings)
+    return answer
+
+
+class CompletionChunks:
+    """Turns updates into the chunks of a stream."""
+
+    def __init__(self, shape: CompletionShape) -> None:
+        self._shape = shape
+        self._writers = [ChoiceWriter(shape, index) for index in range(shape.choices)]
+        self._generated = 0
+        self._endings: dict[int, Ending] = {}
+
+    def chunks(self, updates: Sequence[Update]) -> Iterator[bytes]:
+        """The chunks for what just came."""
+        self._generated += sum(update.token is not None for update in updates)
+        for index, progress in by_choice(updates).items():
+            if progress.ending is not None:
+                self._endings[index] = progress.ending
+            piece = self._writers[index].piece(progress)
+            if piece is not None:
+                yield sse(self._chunk(piece))
+
+    def _chunk(self, piece: JsonObject) -> JsonObject:
+        chunk = self._shape.envelope([piece])
+        if self._shape.usage_always:
+            chunk["usage"] = running_usage(sum(map(len, self._shape.prompts)), self._generated)
+        elif self._shape.usage_at_end:
+            chunk["usage"] = None
+        return chunk
+
+    def closing(self) -> Iterator[bytes]:
+        """The chunk with the usage, if it is wanted, and the end of the stream."""
+        if self._shape.usage_at_end:
+            chunk = self._shape.envelope([])
+            chunk["usage"] = self._shape.usage(self._endings)
+            yield sse(chunk)
+        yield DONE
+
+
+async def stream_answer(shape: CompletionShape, generation: Generation, silence: float) -> AsyncIterator[bytes]:
+    """Every event of a streamed answer; a comment after each `silence` seconds without one."""
+    writer = CompletionChunks(shape)
+    async for updates in generation.updates(silence):
+        if not updates:
+            yield KEEP_ALIVE
+        for event in writer.chunks(updates):
+            yield event
+    for event in writer.closing():
+        yield event

@@ -1,0 +1,127 @@
+"""How an exception becomes an answer in OpenAI's envelope. The only module that pairs exceptions with HTTP statuses.
+
+```
+{"error": {"message": one sentence, "type": class of error, "param": the field or null, "code": a stable word or null}}
+```
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from tern.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    QueueFullError,
+    TernError,
+    UnknownModelError,
+)
+
+logger = logging.getLogger("tern.server")
+
+RETRY_WHEN_UNAVAILABLE = 5
+"""Seconds after which a client may ask a server again that is loading or draining."""
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request's body is longer than the server reads."""
+
+
+class AuthenticationError(TernError):
+    """The request carries no key, or a wrong one."""
+
+
+class ClientGoneError(TernError):
+    """The client closed the connection before the answer was ready."""
+
+
+class GenerationError(TernError):
+    """The engine gave up on a request through no fault of the caller; the text is meant for the user."""
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """The status, envelope and headers that answer an exception."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """The envelope, as a JSON value."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The envelope as an HTTP response."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def answer_for(error: Exception) -> ErrorAnswer:
+    """The answer to any exception; what is not ours is logged and answered without its details."""
+    message = str(error)
+    match error:
+        case BodyTooLargeError():
+            return ErrorAnswer(
+                413, message, "invalid_request_error", None, "request_too_large", {"Connection": "close"}
+            )
+        case InvalidRequestError():
+            return ErrorAnswer(400, message, "invalid_request_error", error.param, error.code)
+        case AuthenticationError():
+            headers = {"WWW-Authenticate": "Bearer"}
+            return ErrorAnswer(401, message, "authentication_error", None, "invalid_api_key", headers)
+        case UnknownModelError():
+            return ErrorAnswer(404, message, "invalid_request_error", "model", "model_not_found")
+        case QueueFullError():
+            headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+            return ErrorAnswer(429, message, "rate_limit_error", None, "queue_full", headers)
+        case EngineUnavailableError():
+            headers = {"Retry-After": str(RETRY_WHEN_UNAVAILABLE)}
+            return ErrorAnswer(503, message, "service_unavailable_error", None, "unavailable", headers)
+        case ClientGoneError():  # nginx's status; nobody reads it but the log
+            return ErrorAnswer(499, "The client closed the connection.", "invalid_request_error", None, "client_gone")
+        case GenerationError():
+            return ErrorAnswer(500, message, "server_error", None, "generation_failed")
+        case HTTPException():
+            return _http_answer(error)
+    logger.error("unexpected error", exc_info=error)
+    return ErrorAnswer(500, "The server failed on this request; its log says why.", "server_error", None, "internal")
+
+
+def _http_answer(error: HTTPException) -> ErrorAnswer:
+    """The answer to what the router itself refuses: a path or a method that no route has."""
+    messages = {
+        404: "There is no such path: GET / lists what this server answers.",
+        405: "This path does not answer that method: GET / lists what this server answers.",
+    }
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    return ErrorAnswer(
+        error.status_code,
+        messages.get(error.status_code, str(error.detail)),
+        "invalid_request_error" if error.status_code < 500 else "server_error",
+        None,
+        codes.get(error.status_code),
+        dict(error.headers or {}),
+    )
+
+
+def install_error_handlers(app: FastAPI, refused: Callable[[int], None]) -> None:
+    """Make every exception of every route answer in the envelope; `refused` is told the status of each."""
+
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        found = answer_for(error)
+        refused(found.status)
+        return found.response()
+
+    for kind in (TernError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

@@ -1,0 +1,96 @@
+"""One HTTP request while the engine works on it: its choices are submitted together and taken back together.
+
+Knows the engine's service and the mailbox; knows no JSON. Whoever leaves the `async with` block, for whatever reason
+(done, client gone, error), leaves nothing running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+
+from tern.engine import FinishReason, Request
+from tern.errors import EngineUnavailableError
+from tern.server.engine_door import EngineDoor
+from tern.server.errors import GenerationError
+from tern.server.offload import Offload
+from tern.server.sink import Ending, Mailbox, Update
+
+ENDLESS = 3600.0
+
+
+class Generation:
+    """The choices of one request: `submit` them, then read their `updates` inside `async with`.
+
+    `endings` holds the ending of each choice that has ended, by index.
+    """
+
+    def __init__(self, engine: EngineDoor, mailbox: Mailbox, requests: Sequence[Request]) -> None:
+        self.requests = tuple(requests)
+        self.endings: dict[int, Ending] = {}
+        self._engine = engine
+        self._mailbox = mailbox
+        self._open = {request.request_id for request in requests}
+        self._abandoned = False
+
+    async def submit(self, offload: Offload) -> None:
+        """Queue every choice. Raises what the engine refuses the request with; nothing stays queued then."""
+        size = sum(len(request.prompt_token_ids) for request in self.requests)
+        try:
+            await offload.run(size, self._submit_all)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _submit_all(self) -> None:
+        for request in self.requests:
+            self._engine.submit(request)
+        # The loop may have abandoned us while this thread was submitting: what came after its cancels is ours to take back.
+        if self._abandoned:
+            self._cancel_all()
+
+    def abandon(self) -> None:
+        """Take back every choice that has not ended."""
+        self._abandoned = True
+        self._mailbox.close()
+        self._cancel_all()
+
+    def _cancel_all(self) -> None:
+        for request_id in tuple(self._open):
+            self._engine.cancel(request_id)
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abandon()
+
+    async def updates(self, silence: float = ENDLESS) -> AsyncIterator[list[Update]]:
+        """The updates of all choices as they come, until each has ended; an empty list after `silence` seconds.
+
+        Raises `GenerationError` when the engine failed on a choice, `EngineUnavailableError` when the server took it
+        back.
+        """
+        while self._open:
+            updates = await self._mailbox.take(silence)
+            for update in updates:
+                if update.ending is not None:
+                    self._open.discard(self.requests[update.index].request_id)
+                    self.endings[update.index] = update.ending
+            yield updates
+            for update in updates:
+                if update.ending is not None:
+                    _raise_failure(update.ending)
+
+    async def all_updates(self) -> list[Update]:
+        """Every update of every choice, once all have ended."""
+        return [update async for updates in self.updates() for update in updates]
+
+
+def _raise_failure(ending: Ending) -> None:
+    if ending.finish.reason is FinishReason.ERROR:
+        raise GenerationError(ending.finish.message or "The engine failed on this request.")
+    if ending.finish.reason is FinishReason.CANCELLED:
+        raise EngineUnavailableError(ending.finish.message or "The server took the request back: send it again.")

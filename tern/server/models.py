@@ -1,0 +1,40 @@
+"""GET /v1/models and /v1/models/{id}: the one model that is served, in OpenAI's form with vLLM's `max_model_len`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from tern.server.auth import owner_of
+from tern.server.body import JsonObject
+from tern.server.state import AppState
+
+
+def routes(state: AppState) -> APIRouter:
+    """The family's routes."""
+    router = APIRouter()
+
+    @router.get("/v1/models")
+    async def list_models(http: Request) -> Response:
+        owner_of(http, state.options.api_keys)
+        return JSONResponse({"object": "list", "data": [_card(state)]})
+
+    @router.get("/v1/models/{model_id:path}")
+    async def retrieve_model(http: Request, model_id: str) -> Response:
+        owner_of(http, state.options.api_keys)
+        state.check_model(model_id)
+        return JSONResponse(_card(state))
+
+    return router
+
+
+def _card(state: AppState) -> JsonObject:
+    return {
+        "id": state.model_name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "tern",
+        "root": state.model.name,
+        "parent": None,
+        "max_model_len": state.engine.engine.max_model_len,
+    }

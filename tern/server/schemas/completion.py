@@ -1,0 +1,59 @@
+"""The request of POST /v1/completions. Knows no tokenizer: it only tells the forms of a prompt apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from tern.errors import InvalidRequestError, UnsupportedFeatureError
+from tern.server.schemas.sampling import FLAG, WHOLE, SamplingFields
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default for completions."""
+
+MAX_PROMPTS = 1024
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(SamplingFields):
+    """OpenAI's legacy completion request with vLLM's additions."""
+
+    prompt: Any = Field(description="text, a list of texts, a list of token ids or a list of such lists")
+    echo: bool = Field(False, description=FLAG)
+    logprobs: int | None = Field(None, description=WHOLE)
+
+    def check(self) -> None:
+        """Refuse fields that contradict each other and combinations that are not served yet."""
+        self.check_stream_options()
+        if self.echo and self.logprobs is not None:
+            raise UnsupportedFeatureError(
+                "echo together with logprobs is not supported yet: log-probabilities of the prompt are not computed.",
+                param="echo",
+            )
+
+    def prompts(self) -> list[Prompt]:
+        """Every prompt, as text or as token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str) or _is_ids(prompt):
+            found: list[Prompt] = [prompt]
+        elif isinstance(prompt, list) and all(isinstance(each, str) or _is_ids(each) for each in prompt):
+            found = prompt
+        else:
+            raise InvalidRequestError(
+                "prompt must be text, a list of texts, a list of token ids or a list of such lists.", param="prompt"
+            )
+        if len(found) > MAX_PROMPTS:
+            raise InvalidRequestError(
+                f"prompt holds {len(found)} prompts: at most {MAX_PROMPTS} are taken at once.", param="prompt"
+            )
+        if not found or not all(found):
+            raise InvalidRequestError("prompt is empty: give at least one character or token id.", param="prompt")
+        return found
+
+
+def _is_ids(value: object) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in value)

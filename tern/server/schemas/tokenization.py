@@ -1,0 +1,36 @@
+"""The requests of POST /tokenize and /detokenize, in vLLM's forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from tern.errors import InvalidRequestError
+from tern.server.schemas.fields import Schema
+from tern.server.schemas.sampling import FLAG, IDS, NAME
+
+
+class TokenizeRequest(Schema):
+    """Either `prompt`, plain text, or `messages` with what belongs to a chat."""
+
+    model: str | None = Field(None, description=NAME)
+    prompt: str | None = Field(None, description=NAME)
+    messages: list[Any] | None = Field(None, description="a list of messages")
+    tools: list[Any] | None = Field(None, description="a list of tools")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
+    return_token_strs: bool = Field(False, description=FLAG)
+
+    def check(self) -> None:
+        """Refuse both forms at once, and neither."""
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("Give either prompt (text) or messages (a chat).", param="prompt")
+        if self.prompt is not None and self.tools is not None:
+            raise InvalidRequestError("tools belong to messages, not to a prompt: leave them out.", param="tools")
+
+
+class DetokenizeRequest(Schema):
+    """Token ids to turn into text."""
+
+    model: str | None = Field(None, description=NAME)
+    tokens: list[int] = Field(description=IDS)

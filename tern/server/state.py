@@ -1,0 +1,69 @@
+"""Everything that the routes of one server share, made once and handed to each family of routes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fastapi import Request
+
+from tern.chat import ChatProtocol
+from tern.errors import EngineUnavailableError, InvalidRequestError, UnknownModelError
+from tern.server.body import Body, read_json
+from tern.server.engine_door import EngineDoor, ModelIdentity
+from tern.server.metrics import Metrics
+from tern.server.offload import Offload
+from tern.server.options import ServerOptions
+
+
+@dataclass(frozen=True)
+class AppState:
+    """The engine, the text protocol and the model behind a server, its options, metrics and text threads.
+
+    `created` is the time, in seconds since 1970, that the model's entry in /v1/models shows.
+    """
+
+    engine: EngineDoor
+    protocol: ChatProtocol
+    model: ModelIdentity
+    options: ServerOptions
+    metrics: Metrics
+    offload: Offload = field(default_factory=Offload)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def create(
+        cls, engine: EngineDoor, protocol: ChatProtocol, model: ModelIdentity, options: ServerOptions | None = None
+    ) -> AppState:
+        """The state of a new server."""
+        return cls(engine, protocol, model, options or ServerOptions(), Metrics(engine))
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model in the API."""
+        return self.options.served_model_name or self.model.name
+
+    async def read_json(self, request: Request) -> Body:
+        """The request's body as a JSON object, within the server's limit."""
+        return await read_json(request, self.options.max_body_bytes, self.offload)
+
+    def check_model(self, name: str | None) -> None:
+        """Refuse a model that is not served; a request that names none means the one there is."""
+        if name is not None and name != self.model_name:
+            raise UnknownModelError(f"There is no model {name[:100]!r} here: this server serves {self.model_name!r}.")
+
+    def check_token_ids(self, name: str, ids: Iterable[int]) -> None:
+        """Refuse token ids that the tokenizer cannot turn into text."""
+        size = self.engine.engine.vocab_size
+        for token_id in ids:
+            if not 0 <= token_id < size:
+                raise InvalidRequestError(
+                    f"{name} holds token id {token_id}: the model knows ids 0 to {size - 1}.", param=name
+                )
+
+    def check_ready(self) -> None:
+        """Refuse work while the engine takes none."""
+        state = self.engine.state
+        if state != "ready":
+            raise EngineUnavailableError(f"The engine is {state} and takes no requests now: try again later.")

@@ -1,0 +1,56 @@
+"""POST /tokenize and /detokenize, in vLLM's forms: what the model reads for a text or a chat, and ids back as text."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from tern.server.auth import owner_of
+from tern.server.body import JsonObject
+from tern.server.logprobs import token_name
+from tern.server.schemas.chat import check_template_kwargs
+from tern.server.schemas.fields import read_fields
+from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
+from tern.server.state import AppState
+
+
+def routes(state: AppState) -> APIRouter:
+    """The family's routes."""
+    router = APIRouter()
+
+    @router.post("/tokenize")
+    async def tokenize(http: Request) -> Response:
+        owner_of(http, state.options.api_keys)
+        body = await state.read_json(http)
+        request = read_fields(TokenizeRequest, body.fields)
+        request.check()
+        check_template_kwargs(request.chat_template_kwargs)
+        state.check_model(request.model)
+        return JSONResponse(await state.offload.run(body.size, _tokenize, state, request))
+
+    @router.post("/detokenize")
+    async def detokenize(http: Request) -> Response:
+        owner_of(http, state.options.api_keys)
+        body = await state.read_json(http)
+        request = read_fields(DetokenizeRequest, body.fields)
+        state.check_model(request.model)
+        return JSONResponse(await state.offload.run(body.size, _detokenize, state, request))
+
+    return router
+
+
+def _tokenize(state: AppState, request: TokenizeRequest) -> JsonObject:
+    if request.prompt is not None:
+        ids = list(state.protocol.tokenizer.encode(request.prompt))
+    else:
+        kwargs = request.chat_template_kwargs or {}
+        ids = list(state.protocol.prompt(request.messages or [], tools=request.tools, template_kwargs=kwargs).token_ids)
+    answer: JsonObject = {"count": len(ids), "max_model_len": state.engine.engine.max_model_len, "tokens": ids}
+    if request.return_token_strs:
+        answer["token_strs"] = [token_name(state.protocol.tokenizer, token_id) for token_id in ids]
+    return answer
+
+
+def _detokenize(state: AppState, request: DetokenizeRequest) -> JsonObject:
+    state.check_token_ids("tokens", request.tokens)
+    return {"prompt": state.protocol.tokenizer.decode(request.tokens, skip_special_tokens=False)}
