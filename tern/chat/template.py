@@ -1,0 +1,223 @@
+"""Messages to a prompt, by the checkpoint's own chat template in a sandbox.
+
+Knows Jinja and the conventions that templates written for transformers rely on. Knows nothing of tokens. A template
+comes with a model, so it is treated as a stranger's program: it sees only immutable values, and its size, its output
+and its time are bounded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tern.chat.messages import validate_messages
+from tern.chat.tools import validate_tools
+from tern.errors import CheckpointError, InvalidRequestError
+
+MAX_TEMPLATE_LENGTH = 1_000_000
+MAX_PROMPT_LENGTH = 64_000_000
+"""Characters that a template may write: far above any model's context, far below the machine's memory."""
+MAX_SECONDS = 10.0
+MAX_RANGE = 100_000
+
+_GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
+_TEMPLATE_KWARGS = frozenset({"enable_thinking", "documents"})
+
+
+class ChatTemplate:
+    """One compiled template. Thread-safe."""
+
+    def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None) -> None:
+        """Compile `source`; `special_tokens` gives `bos_token` and its like.
+
+        Raises `CheckpointError` if it is no template.
+        """
+        if len(source) > MAX_TEMPLATE_LENGTH:
+            raise CheckpointError(
+                f"The chat template has {len(source)} characters: at most {MAX_TEMPLATE_LENGTH} are read."
+            )
+        environment = _environment()
+        try:
+            self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(f"The chat template cannot be compiled: {error}.") from None
+        self._special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ChatTemplate:
+        """The template of a checkpoint: `chat_template.jinja`, else `chat_template` in `tokenizer_config.json`, else
+        the built-in layout.
+        """
+        directory = Path(path)
+        config = _read_config(directory / "tokenizer_config.json")
+        tokens = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text_of(value))}
+        file = directory / "chat_template.jinja"
+        if file.is_file():
+            return cls(file.read_text(encoding="utf-8"), special_tokens=tokens)
+        source = _named(config.get("chat_template"))
+        return cls(default_template() if source is None else source, special_tokens=tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for a conversation.
+
+        `template_kwargs` may name only variables that the template reads, and `enable_thinking`. Raises
+        `InvalidRequestError` for messages, tools or variables that are wrong, and with the template's own words when
+        it refuses them.
+        """
+        variables = {
+            **self._special_tokens,
+            **self._checked(template_kwargs or {}),
+            "messages": validate_messages(messages),
+            "tools": validate_tools(tools) or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return "".join(_bounded(self._template.generate(variables)))
+        except InvalidRequestError:
+            raise
+        except _Refused as error:
+            raise InvalidRequestError(f"The chat template refuses these messages: {error}", param="messages") from None
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequestError(
+                f"The chat template cannot render these messages: {type(error).__name__}: {error}", param="messages"
+            ) from None
+
+    def _checked(self, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        allowed = (self.variables | _TEMPLATE_KWARGS) - _GIVEN - _GLOBALS.keys()
+        for name, value in template_kwargs.items():
+            if name not in allowed:
+                raise InvalidRequestError(
+                    f"chat_template_kwargs has {name!r}, which this model's template does not read: "
+                    f"it takes {', '.join(sorted(allowed))}.",
+                    param=f"chat_template_kwargs.{name}",
+                )
+            if not isinstance(value, bool | int | float | str | list | dict | None):
+                raise InvalidRequestError(
+                    f"chat_template_kwargs.{name} is {type(value).__name__}: it must be a JSON value.",
+                    param=f"chat_template_kwargs.{name}",
+                )
+        return dict(template_kwargs)
+
+
+@cache
+def default_template() -> str:
+    """The built-in layout, the one of the text protocol."""
+    return (resources.files("tern.chat") / "default_template.jinja").read_text(encoding="utf-8")
+
+
+class _Refused(jinja2.TemplateError):
+    """The template called `raise_exception`."""
+
+
+class _Generation(Extension):
+    """Lets `{% generation %}` through, with which training templates mark what the model writes."""
+
+    tags = {"generation"}  # noqa: RUF012  (the base class declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The body of the block, as if the block were not there."""
+        next(parser.stream)
+        return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Values cannot be changed; attributes that lead into Python cannot be reached; loops have an end."""
+
+
+def _bounded_range(*bounds: int) -> range:
+    numbers = range(*bounds)
+    if len(numbers) > MAX_RANGE:
+        raise _Refused(f"range() of {len(numbers)} numbers is over the limit of {MAX_RANGE}")
+    return numbers
+
+
+def _raise_exception(message: object) -> None:
+    raise _Refused(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as a model reads it: other scripts as themselves, nothing escaped for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+_GLOBALS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "range": _bounded_range}
+
+
+@cache
+def _environment() -> _Sandbox:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(_GLOBALS)
+    return environment
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    """The template's output as it is written, stopped at the limits of length and time."""
+    deadline = time.monotonic() + MAX_SECONDS
+    written = 0
+    for piece in pieces:
+        written += len(piece)
+        if written > MAX_PROMPT_LENGTH:
+            raise InvalidRequestError(
+                f"The chat template wrote more than {MAX_PROMPT_LENGTH} characters: send shorter messages.",
+                param="messages",
+            )
+        if time.monotonic() > deadline:
+            raise InvalidRequestError(
+                f"The chat template ran longer than {MAX_SECONDS:g} seconds: send fewer messages.", param="messages"
+            )
+        yield piece
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _text_of(value: object) -> str | None:
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _named(template: object) -> str | None:
+    """`chat_template` is text, or a list of named templates, of which "default" counts, else the first."""
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, Mapping)}
+        template = named.get("default") or next(iter(named.values()), None)
+    return template if isinstance(template, str) else None

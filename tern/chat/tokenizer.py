@@ -1,0 +1,158 @@
+"""A checkpoint's tokenizer: text to ids, ids to bytes and text.
+
+Knows the files `tokenizer.json` (Hugging Face tokenizers) and `tokenizer.model` (sentencepiece, used only when there is
+nothing else), and which tokens are control tokens. Knows nothing of messages or prompts. Incremental decoding is in
+`detokenizer`; `decode` here is the same machine run once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from tern.chat.detokenizer import Detokenizer
+from tern.chat.parser import PROTOCOL_TAGS
+from tern.errors import CheckpointError, InvalidRequestError
+
+
+class Vocabulary(Protocol):
+    """What one kind of tokenizer file offers. Ids run from 0 to `size` - 1; gaps have no text."""
+
+    size: int
+    special_ids: frozenset[int]  # control tokens: not part of the text they frame
+    strips_leading_space: bool  # the first word's space is a mark of its token, not of the text
+
+    def encode(self, text: str, *, allow_special: bool, add_special_tokens: bool) -> list[int]: ...
+
+    def id_of(self, token: str) -> int | None: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class Tokenizer:
+    """Text to token ids and back. Thread-safe.
+
+    `special_ids` are the control tokens. The tags of the text protocol (`<think>`, `<response>`, `<tool_call>` and
+    their ends) always count as text, whatever the checkpoint says of them: the response parser reads them.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, *, names: Mapping[str, str | None] | None = None) -> None:
+        self._vocabulary = vocabulary
+        tags = {vocabulary.id_of(tag) for tag in PROTOCOL_TAGS}
+        named = {name: token for name, token in (names or {}).items() if token}
+        ids = {name: vocabulary.id_of(token) for name, token in named.items()}
+        self.special_ids = frozenset((vocabulary.special_ids | {i for i in ids.values() if i is not None}) - tags)
+        self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
+        self.bos_token, self.eos_token = named.get("bos_token"), named.get("eos_token")
+        pad = ids.get("pad_token")
+        self.pad_id: int = pad if pad is not None else (self.eos_id or 0)
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Tokenizer:
+        """Open the tokenizer in a checkpoint's directory. Raises `CheckpointError` when it has none that Tern reads."""
+        from tern.chat.vocabularies import JsonVocabulary, SentencePieceVocabulary
+
+        directory = Path(path)
+        config = _read_json(directory / "tokenizer_config.json")
+        names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+        if (directory / "tokenizer.json").is_file():
+            return cls(JsonVocabulary(directory / "tokenizer.json"), names=names)
+        if (directory / "tokenizer.model").is_file():
+            added = _added_tokens(config, _read_json(directory / "added_tokens.json"))
+            vocabulary = SentencePieceVocabulary(directory / "tokenizer.model", added)
+            return cls(vocabulary, names={**vocabulary.names, **{k: v for k, v in names.items() if v}})
+        raise CheckpointError(f"{directory} has neither tokenizer.json nor tokenizer.model: text cannot be read.")
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return self._vocabulary.size
+
+    @property
+    def strips_leading_space(self) -> bool:
+        """Whether the space before a text's first word is dropped when the text is decoded whole."""
+        return self._vocabulary.strips_leading_space
+
+    def id_of(self, token: str) -> int | None:
+        """The id of one token by its text, or None."""
+        return self._vocabulary.id_of(token)
+
+    def encode(self, text: str, *, allow_special: bool = True, add_special_tokens: bool = False) -> list[int]:
+        """The ids of `text`.
+
+        With `allow_special` False, control tokens spelt out in the text become ordinary text: use it for what a user
+        wrote. `add_special_tokens` adds what the checkpoint puts around a text (a begin token, mostly). Raises
+        `InvalidRequestError` for text that is not valid Unicode (a lone surrogate).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
+                "send valid Unicode."
+            ) from None
+        return self._vocabulary.encode(text, allow_special=allow_special, add_special_tokens=add_special_tokens)
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True, continuation: bool = False) -> str:
+        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD.
+
+        `continuation` says that the ids continue other text, so that the space before their first word is part of it.
+        """
+        stream = Detokenizer(self, skip_special_tokens=skip_special_tokens, continuation=continuation)
+        return "".join([stream.push(token_id) for token_id in ids]) + stream.finish()
+
+    def token_text(self, token_id: int) -> str:
+        """How one token reads by itself; a token that holds half a character shows U+FFFD."""
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, control tokens spelt out.
+
+        Raises `InvalidRequestError` outside the vocabulary.
+        """
+        found = self._bytes.get(token_id)
+        if found is None:
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequestError(
+                    f"Token id {token_id} is outside the vocabulary: ids run from 0 to {self.vocab_size - 1}."
+                )
+            found = self._bytes[token_id] = self._vocabulary.token_bytes(token_id)
+        return found
+
+
+def bad_word_sequences(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that spell each word, at the start of a line and behind a space."""
+    spellings = {tuple(tokenizer.encode(form)) for word in words for form in (word, " " + word.lstrip(" "))}
+    return tuple(sorted(spelling for spelling in spellings if spelling))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object: download it again.")
+    return value
+
+
+def _token_text(value: object) -> str | None:
+    """A token in a tokenizer's configuration: text, or an object whose `content` is the text."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _added_tokens(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
+    """Tokens beside a sentencepiece model: id -> (text, whether it is a control token)."""
+    tokens = {index: (text, True) for text, index in added.items() if isinstance(index, int)}
+    for index, entry in (config.get("added_tokens_decoder") or {}).items():
+        text = _token_text(entry)
+        if str(index).isdigit() and text:
+            tokens[int(index)] = (text, bool(entry.get("special", False)) if isinstance(entry, Mapping) else False)
+    return tokens
