@@ -11,12 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tern.chat import ChatProtocol, Event, ParsedMessage, RenderedPrompt, ResponseParser, TextStream, collect_message
+from tern.chat import (
+    ChatProtocol,
+    ParsedMessage,
+    RenderedPrompt,
+    ResponseEvent,
+    ResponseParser,
+    TextStream,
+    collect_message,
+)
 from tern.checkpoint import resolve_model
 from tern.engine import Engine, EngineOptions, Finish, FinishReason, GeneratedToken, Request, SamplingParams, Steering
 from tern.errors import EngineUnavailableError
 
-OnEvents = Callable[[Sequence[Event]], None]
+OnEvents = Callable[[Sequence[ResponseEvent]], None]
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class _EventSink:
     on_events: OnEvents
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
-    events: list[Event] = field(default_factory=list)
+    events: list[ResponseEvent] = field(default_factory=list)
     finished: Finish | None = None
 
     def push(self, token: GeneratedToken) -> Steering:
@@ -56,7 +64,7 @@ class _EventSink:
         self._emit(self.parser.feed(self.stream.finish()) + self.parser.finish())
         self.finished = finish
 
-    def _emit(self, events: list[Event]) -> None:
+    def _emit(self, events: list[ResponseEvent]) -> None:
         if events:
             self.events += events
             self.on_events(events)

@@ -8,7 +8,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from tern.chat import ContentDelta, Event, ReasoningDelta, ToolCallDelta
+from tern.chat import ContentDelta, ReasoningDelta, ResponseEvent, ToolCallDelta
 
 
 class AnswerPrinter:
@@ -22,7 +22,7 @@ class AnswerPrinter:
         self._thoughts = thoughts and Console(file=thoughts, highlight=False, markup=False, soft_wrap=True)
         self._section = ""
 
-    def __call__(self, events: Sequence[Event]) -> None:
+    def __call__(self, events: Sequence[ResponseEvent]) -> None:
         for event in events:
             match event:
                 case ReasoningDelta(text):
