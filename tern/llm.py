@@ -35,6 +35,7 @@ from tern.chat import (
 )
 from tern.checkpoint import resolve_model
 from tern.engine import (
+    CONTINUE,
     Engine,
     EngineOptions,
     Finish,
@@ -107,15 +108,21 @@ class RequestOutput:
 
 @dataclass
 class _Collector:
-    """The sink of one sequence: keeps its tokens and lets the text stream decide about stops and steering."""
+    """The sink of one sequence: keeps its tokens and lets the text stream decide about stops and steering.
+
+    The text of `end_token_ids`, the tokens that end the sequence, is no part of the output.
+    """
 
     stream: TextStream
+    end_token_ids: frozenset[int]
     tokens: list[GeneratedToken] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finished: Finish | None = None
 
     def push(self, token: GeneratedToken) -> Steering:
         self.tokens.append(token)
+        if token.token_id in self.end_token_ids and not token.forced:
+            return CONTINUE
         step = self.stream.push(token.token_id)
         self.pieces.append(step.text)
         return Steering(stop=step.stop, force=step.force)
@@ -127,13 +134,16 @@ class _Collector:
 
 @dataclass
 class _Job:
-    """One prompt on its way through the engine, with a collector for each of its `n` choices."""
+    """One prompt on its way through the engine, with a collector for each of its `n` choices.
+
+    `state` is where in a response the prompt of a chat ends, None for a plain prompt.
+    """
 
     request_id: str
     text: str | None
     token_ids: tuple[int, ...]
     params: SamplingParams
-    chat: RenderedPrompt | None
+    state: ParserState | None
     tools: list[dict[str, Any]] | None
     collectors: list[_Collector]
 
@@ -235,15 +245,13 @@ class LLM:
         return self._job(text, token_ids, params)
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
-        if isinstance(prompt, str):
-            return prompt, self.get_tokenizer().encode(prompt)
-        if "prompt_token_ids" in prompt:
-            return None, prompt["prompt_token_ids"]
-        if isinstance(prompt.get("prompt"), str):
-            return prompt["prompt"], self.get_tokenizer().encode(prompt["prompt"])
+        given: Mapping[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        if "prompt_token_ids" in given:
+            return None, given["prompt_token_ids"]
+        if isinstance(text := given.get("prompt"), str):
+            return text, self.get_tokenizer().encode(text)
         raise InvalidRequestError(
-            'A prompt must be text, {"prompt": text} or {"prompt_token_ids": [...]}, '
-            f"not {type(prompt).__name__} with {sorted(prompt)}.",
+            f'A prompt must be text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}, but it has {sorted(given)}.',
             param="prompts",
         )
 
@@ -266,8 +274,10 @@ class LLM:
         chat: RenderedPrompt | None = None,
         tools: list[dict[str, Any]] | None = None,
     ) -> _Job:
-        collectors = [_Collector(self._protocol.text_stream(params, prompt=chat)) for _ in range(params.n)]
-        return _Job(f"offline-{next(self._ids)}", text, tuple(token_ids), params, chat, tools, collectors)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._generation.eos_token_ids)
+        collectors = [_Collector(self._protocol.text_stream(params, prompt=chat), ends) for _ in range(params.n)]
+        state = chat.state if chat is not None else None
+        return _Job(f"offline-{next(self._ids)}", text, tuple(token_ids), params, state, tools, collectors)
 
     def _run(self, jobs: list[_Job], *, show_progress: bool) -> list[RequestOutput]:
         requests = [request for job in jobs for request in self._requests(job)]
@@ -320,7 +330,7 @@ class LLM:
             finish_reason=str(finish.reason),
             stop_reason=collector.stream.stop_string or self._stop_token(finish, job.params),
             error=finish.message if finish.reason is FinishReason.ERROR else None,
-            message=parse_response(text, tools=job.tools, start=job.chat.state) if job.chat else None,
+            message=parse_response(text, tools=job.tools, start=job.state) if job.state else None,
         )
 
     def _stop_token(self, finish: Finish, params: SamplingParams) -> int | None:

@@ -1,4 +1,4 @@
-"""The transformers front door: `from tern.transformers import AutoModelForCausalLM, AutoTokenizer` in place of the import.
+"""The transformers front door: `from tern.transformers import AutoModelForCausalLM, AutoTokenizer`.
 
 Knows the names and shapes of transformers' API; runs on Tern's engine and does not import transformers.
 """
@@ -333,7 +333,7 @@ class AutoModelForCausalLM:
 
 
 _HARMLESS = {"trust_remote_code", "low_cpu_mem_usage", "use_fast", "attn_implementation", "use_safetensors"}
-"""Keywords of `from_pretrained` that change nothing here: no code from a repository is ever run, memory is always low."""
+"""Keywords of `from_pretrained` that change nothing here: no code from a repository is ever run."""
 
 
 def _refuse_unknown(keywords: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,15 @@ class ParsedMessage:
     reasoning_content: str | None = None
     content: str | None = None
     tool_calls: list[ParsedToolCall] = field(default_factory=list)
+
+    def as_message(self) -> dict[str, Any]:
+        """The message in OpenAI's form, ready to be put into a conversation."""
+        calls = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self.tool_calls
+        ]
+        message = {"role": "assistant", "content": self.content, "reasoning_content": self.reasoning_content}
+        return {**message, "tool_calls": calls} if calls else message
 
 
 def collect_message(events: Iterable[ResponseEvent]) -> ParsedMessage:

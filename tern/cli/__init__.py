@@ -1,4 +1,4 @@
-"""The command line: one file a subcommand. Knows options and terminals; everything heavy is imported when a command runs."""
+"""The command line: one file a subcommand. Knows options and terminals; what is heavy is imported when a command runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRONG_USAGE = 2
 
 app = typer.Typer(
     name="tern",
-    help="Runs ERNIE-4.5-21B-A3B-Thinking and its family. With no model named, every command uses the small embedded one.",
+    help="Runs ERNIE-4.5-21B-A3B-Thinking and its family. Where no model is named, the small embedded one is used.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tern.serve")
 
-_CARD_REQUEST = """curl http://{address}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
-    "messages": [{{"role": "user", "content": "Give me a short introduction to large language model."}}]}}'"""
+_TRY = """
+{name} answers at {url}. Try it:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+    -d '{{"messages": [{{"role": "user", "content": "What is 1234 + 4321?"}}]}}'
+"""
 
 
 def serve(
@@ -67,16 +71,19 @@ def serve(
     from tern.engine import EngineOptions
     from tern.server import ServerOptions
 
+    chosen = {
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_queue": max_queue,
+        "block_size": block_size,
+    }
     engine_options = EngineOptions.from_keywords(
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_queue=max_queue,
-        block_size=block_size,
         kv_cache_memory=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
         enable_prefix_caching=prefix_caching,
+        **{name: value for name, value in chosen.items() if value is not None},
     )
     server_options = ServerOptions(
         host=host,
@@ -109,7 +116,10 @@ def _open_and_run(
     logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
     protocol = ChatProtocol.from_directory(source.directory)
     service = EngineService(engine)
-    run_server(service, protocol, source, server_options)
+    name = server_options.served_model_name or source.name
+    run_server(
+        service, protocol, source, server_options, on_ready=lambda url: typer.echo(_TRY.format(name=name, url=url))
+    )
 
 
 def configure_logging(level: str) -> None:

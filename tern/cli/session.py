@@ -13,6 +13,7 @@ from typing import Any
 
 from tern.chat import (
     ChatProtocol,
+    ContentDelta,
     ParsedMessage,
     RenderedPrompt,
     ResponseEvent,
@@ -29,7 +30,7 @@ OnEvents = Callable[[Sequence[ResponseEvent]], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one prompt. `seconds` runs from the request to the last token, `first_token_seconds` to the first."""
+    """What came of one prompt. Seconds count from the request: to the last token, and to the first."""
 
     message: ParsedMessage
     finish_reason: FinishReason
@@ -46,7 +47,7 @@ class _EventSink:
     """Turns tokens into events as they come and passes them on."""
 
     stream: TextStream
-    parser: ResponseParser
+    parser: ResponseParser | None  # None: plain text, all of it content
     on_events: OnEvents
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
@@ -57,12 +58,17 @@ class _EventSink:
         if self.first_token is None:
             self.first_token = time.perf_counter()
         step = self.stream.push(token.token_id)
-        self._emit(self.parser.feed(step.text))
+        self._emit(self._parse(step.text))
         return Steering(stop=step.stop, force=step.force)
 
     def finish(self, finish: Finish) -> None:
-        self._emit(self.parser.feed(self.stream.finish()) + self.parser.finish())
+        self._emit(self._parse(self.stream.finish()) + (self.parser.finish() if self.parser else []))
         self.finished = finish
+
+    def _parse(self, text: str) -> list[ResponseEvent]:
+        if self.parser is not None:
+            return self.parser.feed(text)
+        return [ContentDelta(text)] if text else []
 
     def _emit(self, events: list[ResponseEvent]) -> None:
         if events:
@@ -122,7 +128,8 @@ class Session:
         tools: list[dict[str, Any]] | None,
     ) -> Answer:
         stream = self._protocol.text_stream(params, prompt=prompt)
-        sink = _EventSink(stream, ResponseParser(tools=tools, start=prompt.state), on_events)
+        parser = None if prompt.state is None else ResponseParser(tools=tools, start=prompt.state)
+        sink = _EventSink(stream, parser, on_events)
         request = Request(
             request_id=f"terminal-{next(self._ids)}",
             prompt_token_ids=tuple(prompt.token_ids),

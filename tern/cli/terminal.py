@@ -19,7 +19,7 @@ class AnswerPrinter:
 
     def __init__(self, answers: TextIO, thoughts: TextIO | None) -> None:
         self._answers = Console(file=answers, highlight=False, markup=False, soft_wrap=True)
-        self._thoughts = thoughts and Console(file=thoughts, highlight=False, markup=False, soft_wrap=True)
+        self._thoughts = Console(file=thoughts, highlight=False, markup=False, soft_wrap=True) if thoughts else None
         self._section = ""
 
     def __call__(self, events: Sequence[ResponseEvent]) -> None:
