@@ -9,7 +9,6 @@ the mapped files. No second copy of the model, and no temporary larger than one 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,10 +20,7 @@ from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles
 from tern.checkpoint.source import ModelSource
 from tern.checkpoint.synthetic import synthetic_tensors
 from tern.errors import OptionError
-from tern.model import float32_parameters, parameter_shapes
-
-if TYPE_CHECKING:
-    from tern.model import ErnieModel
+from tern.model import ErnieModel, float32_parameters, parameter_shapes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,8 +42,6 @@ def load_model(
     Raises `CheckpointError` that lists every tensor that is missing, surplus, misshapen or of an unsupported dtype and
     every file that is missing or damaged, and `OptionError` for a dtype that networks do not run in.
     """
-    from tern.model import ErnieModel
-
     return ErnieModel(source.config, load_tensors(source, dtype=dtype, device=device, progress=progress))
 
 

@@ -5,6 +5,7 @@ A model is named by nothing (the embedded one), a directory, `dummy:` and a pres
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +62,10 @@ def resolve_model(
         source = _synthetic_source(model)
     elif model is None:
         source = _directory_source(embedded_model_directory(), EMBEDDED_NAME)
-    elif Path(model).expanduser().is_dir():
-        directory = Path(model).expanduser().resolve()
+    elif os.path.isdir(expanded := os.path.expanduser(model)):
+        directory = Path(expanded).resolve()
         source = _directory_source(directory, directory.name)
-    elif _HUB_ID.fullmatch(model) and not Path(model).exists():
+    elif _HUB_ID.fullmatch(model) and not os.path.exists(model):
         # Imported here: most models are local, and the hub's client takes its time to import.
         from tern.checkpoint.hub import download_snapshot
 
@@ -106,14 +107,14 @@ def _synthetic_source(model: str) -> ModelSource:
     name, _, query = model.removeprefix(DUMMY_PREFIX).partition("?")
     seed = _read_seed(model, query)
     directory = embedded_model_directory()
-    path = Path(name).expanduser()
+    path = os.path.expanduser(name)
     if name in PRESETS:
         config = ErnieConfig.from_dict(PRESETS[name])
-    elif name.endswith(".json") or path.is_dir():
-        path = path / "config.json" if path.is_dir() else path
-        config = _read_config(path)
-        if any((path.parent / file).exists() for file in TOKENIZER_FILES):
-            directory = path.resolve().parent
+    elif name.endswith(".json") or os.path.isdir(path):
+        file = Path(path, "config.json") if os.path.isdir(path) else Path(path)
+        config = _read_config(file)
+        if any((file.parent / tokenizer).exists() for tokenizer in TOKENIZER_FILES):
+            directory = file.resolve().parent
     else:
         raise CheckpointError(
             f"There is no preset {name!r} for {DUMMY_PREFIX}; known are {', '.join(PRESETS)}, "
@@ -134,9 +135,8 @@ def _read_seed(model: str, query: str) -> int:
 
 def _explain_unknown(model: str) -> str:
     """Why `model` names nothing, and what would."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        gguf = " (GGUF files are not supported yet)" if path.suffix == ".gguf" else ""
+    if os.path.isfile(os.path.expanduser(model)):
+        gguf = " (GGUF files are not supported yet)" if model.endswith(".gguf") else ""
         return f"{model} is a file{gguf}: give the directory of the checkpoint."
     ways = f"give the directory of a checkpoint, a hub id such as baidu/ERNIE-4.5-21B-A3B-Thinking, or {DUMMY_PREFIX}"
     preset = model.lower() if model.lower() in PRESETS else "PRESET"
