@@ -41,12 +41,10 @@ RESPONSE, END_RESPONSE = "<response>", "</response>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 PROTOCOL_TAGS = (THINK, END_THINK, RESPONSE, END_RESPONSE, TOOL_CALL, END_TOOL_CALL)
 
-_END_THINK_FORMS = ("\n" + END_THINK, END_THINK)
-_END_RESPONSE_FORMS = ("\n" + END_RESPONSE, END_RESPONSE)
 _CALL_TAGS = (TOOL_CALL, END_TOOL_CALL)
 _OPENINGS = (RESPONSE, THINK, TOOL_CALL)
-_AFTER_CALL_FORMS = (END_TOOL_CALL, TOOL_CALL, RESPONSE)
-_AFTER_CALL_TAG = re.compile("|".join(_AFTER_CALL_FORMS))
+_AFTER_CALL_TAGS = (END_TOOL_CALL, TOOL_CALL, RESPONSE)
+_AFTER_CALL = re.compile("|".join(_AFTER_CALL_TAGS))
 _INK = re.compile(r"\S")
 _NOT_NEWLINE = re.compile(r"[^\n]")
 
@@ -162,7 +160,7 @@ class ResponseParser:
                 self._at_start = False
         found = text.find(END_THINK, at)
         if found < 0:
-            stop = _held_from(text, at, (*_END_THINK_FORMS, THINK) if self._at_start else _END_THINK_FORMS)
+            stop = _held_from(text, at, (END_THINK, THINK) if self._at_start else (END_THINK,), newline=True)
             self._reason(text[at:stop])
             return stop
         self._reason(_without_newline(text[at:found]))
@@ -201,7 +199,7 @@ class ResponseParser:
             self._at_start = False
         found = text.find(END_RESPONSE, at)
         if found < 0:
-            stop = _held_from(text, at, _END_RESPONSE_FORMS)
+            stop = _held_from(text, at, (END_RESPONSE,), newline=True)
             self._say(text[at:stop])
             return stop
         self._say(_without_newline(text[at:found]))
@@ -238,8 +236,8 @@ class ResponseParser:
         return stop
 
     def _step_after_call(self, text: str, at: int) -> int:
-        found = _AFTER_CALL_TAG.search(text, at)
-        stop = found.start() if found is not None else _held_from(text, at, _AFTER_CALL_FORMS)
+        found = _AFTER_CALL.search(text, at)
+        stop = found.start() if found is not None else _held_from(text, at, _AFTER_CALL_TAGS)
         if text[at:stop].strip(" \t\r\n"):
             _log.warning("tool call %d is followed by text inside its block, which is left out", self._num_calls - 1)
         if found is None:
@@ -356,10 +354,12 @@ def _is_beginning(text: str, tags: tuple[str, ...]) -> bool:
     return any(tag.startswith(text) for tag in tags)
 
 
-def _held_from(text: str, at: int, tags: tuple[str, ...]) -> int:
-    """Where the longest end of `text[at:]` begins that may still become one of the tags; the text's end if none may."""
-    longest = max(map(len, tags)) - 1
-    for start in range(max(at, len(text) - longest), len(text)):
-        if text[start] in "\n<" and _is_beginning(text[start:], tags):
-            return start
-    return len(text)
+def _held_from(text: str, at: int, tags: tuple[str, ...], *, newline: bool = False) -> int:
+    """Where the end of `text[at:]` begins that may still become one of the tags; the text's end if none may.
+
+    With `newline`, the newline before a tag, or one that such a tag may follow, is part of it.
+    """
+    end = len(text)
+    opening = text.rfind("<", at)
+    start = opening if opening >= 0 and _is_beginning(text[opening:], tags) else end
+    return start - 1 if newline and start > at and text[start - 1] == "\n" else start
