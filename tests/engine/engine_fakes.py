@@ -56,7 +56,8 @@ class HashModel:
             assert batch.positions[starts[index] : starts[index + 1]].tolist() == list(
                 range(context_len - count, context_len)
             )
-            rows += [hash_context(tokens[: context_len - count + 1 + row].long().tolist()) for row in range(count)]
+            read = tokens.long().tolist()
+            rows += [hash_context(read[: end + 1]) for end in range(context_len - count, context_len)]
             if self.spoil_token is not None and self.spoil_token in tokens.tolist():
                 rows[-1] = -1
         return torch.tensor(rows, dtype=torch.float64)[:, None]

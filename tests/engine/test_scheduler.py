@@ -1,0 +1,214 @@
+"""The scheduler with no model at all: a step is what it says, a sampled token is any number."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from engine_fakes import make_request
+
+from tern.engine.block_pool import BlockPool, IntegrityError
+from tern.engine.sampling_state import SamplingState
+from tern.engine.scheduler import Chunk, Scheduler
+from tern.engine.sequence import Sequence, SequenceStatus
+
+
+def make_scheduler(blocks: int = 32, *, block_size: int = 4, seqs: int = 4, tokens: int = 16) -> Scheduler:
+    return Scheduler(BlockPool(blocks, block_size), max_num_seqs=seqs, max_num_batched_tokens=tokens)
+
+
+def queue(scheduler: Scheduler, name: str, prompt: list[int], **fields: Any) -> Sequence:
+    request = make_request(name, prompt, **fields)
+    made = Sequence(request, max_length=99, stop_ids=frozenset(), sampling=SamplingState(request, frozenset()))
+    scheduler.add(made)
+    return made
+
+
+def distinct(start: int, count: int) -> list[int]:
+    return list(range(start * 1000, start * 1000 + count))
+
+
+def step(scheduler: Scheduler, token: int = 7) -> list[Chunk]:
+    """One step of a model that always answers `token`."""
+    chunks = scheduler.schedule()
+    assert sum(chunk.num_tokens for chunk in chunks) <= scheduler.max_num_batched_tokens
+    assert len(scheduler.running) <= scheduler.max_num_seqs
+    scheduler.commit(chunks)
+    for chunk in chunks:
+        assert chunk.samples == (chunk.sequence.num_uncomputed_tokens == 0)
+        if chunk.samples:
+            chunk.sequence.token_ids.append(token)
+    scheduler.check_integrity()
+    return chunks
+
+
+def shape(chunks: list[Chunk]) -> list[tuple[str, int, bool]]:
+    return [(chunk.sequence.request_id, chunk.num_tokens, chunk.samples) for chunk in chunks]
+
+
+def test_the_scheduler_imports_no_torch() -> None:
+    code = (
+        "import sys, tern.engine.scheduler, tern.engine.block_pool, tern.engine.sequence, tern.engine.options\n"
+        "from tern.engine import Request, SamplingParams, EngineOptions\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_decodes() -> None:
+    scheduler = make_scheduler()
+    queue(scheduler, "short", distinct(1, 3))
+    assert shape(step(scheduler)) == [("short", 3, True)]
+    queue(scheduler, "long", distinct(2, 40))
+    assert shape(step(scheduler)) == [("short", 1, True), ("long", 15, False)]
+    assert shape(step(scheduler)) == [("short", 1, True), ("long", 15, False)]
+    assert shape(step(scheduler)) == [("short", 1, True), ("long", 10, True)]
+    assert shape(step(scheduler)) == [("short", 1, True), ("long", 1, True)]
+
+
+def test_a_prefill_that_came_first_does_not_starve_decodes() -> None:
+    scheduler = make_scheduler(tokens=4, seqs=4)
+    queue(scheduler, "long", distinct(1, 3))
+    queue(scheduler, "short", distinct(2, 1))
+    step(scheduler)
+    scheduler.running[0].token_ids.extend(distinct(3, 60))  # as long as a prompt, and first in order
+    for left in (61, 58, 55):
+        assert scheduler.running[0].num_uncomputed_tokens == left
+        assert shape(step(scheduler)) == [("short", 1, True), ("long", 3, False)]
+
+
+def test_forced_tokens_go_together_and_before_long_prompts() -> None:
+    scheduler = make_scheduler()
+    chat = queue(scheduler, "chat", distinct(1, 3))
+    step(scheduler)
+    queue(scheduler, "long", distinct(2, 60))
+    step(scheduler)
+    chat.token_ids.extend([1, 2, 3])
+    assert shape(step(scheduler)) == [("chat", 4, True), ("long", 12, False)]
+
+
+def test_waiting_goes_by_priority_then_arrival() -> None:
+    scheduler = make_scheduler(seqs=1, tokens=8)
+    for name, priority in [("a", 0), ("b", 1), ("c", -1), ("d", 0)]:
+        queue(scheduler, name, distinct(ord(name), 2), priority=priority)
+    order = []
+    while scheduler.waiting or scheduler.running:
+        chunks = step(scheduler)
+        order.append(chunks[0].sequence.request_id)
+        scheduler.remove(chunks[0].sequence)
+    assert order == ["c", "a", "d", "b"]
+
+
+def test_places_and_budget_bound_a_step() -> None:
+    scheduler = make_scheduler(seqs=2, tokens=5)
+    for name in "abc":
+        queue(scheduler, name, distinct(ord(name), 3))
+    assert shape(step(scheduler)) == [("a", 3, True), ("b", 2, False)]
+    assert shape(step(scheduler)) == [("a", 1, True), ("b", 1, True)]
+    assert [s.request_id for s in scheduler.waiting] == ["c"]
+
+
+def test_when_blocks_run_out_the_last_in_order_is_preempted_and_comes_back_first() -> None:
+    scheduler = make_scheduler(blocks=6, tokens=32)
+    first = queue(scheduler, "first", distinct(1, 8))
+    second = queue(scheduler, "second", distinct(2, 7))
+    later = queue(scheduler, "later", distinct(3, 12))
+    assert len(step(scheduler)) == 2  # `later` does not fit
+    seen = set()
+    for _ in range(30):
+        for chunk in step(scheduler):
+            seen.add(chunk.sequence.request_id)
+        if second.status is SequenceStatus.WAITING:
+            break
+    assert scheduler.num_preemptions == 1
+    assert scheduler.waiting == [second, later]
+    assert seen == {"first", "second"}
+    tokens = list(second.token_ids)
+    scheduler.remove(first)
+    chunks = step(scheduler)
+    assert chunks[0].sequence is second
+    assert list(second.token_ids)[: len(tokens)] == tokens
+    assert second.num_cached_tokens == 0, "its own blocks are no hit of its prompt"
+
+
+def test_the_last_in_order_holds_its_blocks_when_it_is_short_itself() -> None:
+    scheduler = make_scheduler(blocks=4, tokens=32)
+    first = queue(scheduler, "first", distinct(1, 5))
+    second = queue(scheduler, "second", distinct(2, 4))
+    step(scheduler)
+    second.token_ids.extend(distinct(4, 4))  # forced: needs two blocks more, none but one is free
+    assert [chunk.sequence for chunk in step(scheduler)] == [first]
+    assert second.status is SequenceStatus.RUNNING
+    assert scheduler.num_preemptions == 0
+
+
+def test_a_worse_priority_is_preempted_before_a_later_arrival() -> None:
+    scheduler = make_scheduler(blocks=4, tokens=32)
+    background = queue(scheduler, "background", distinct(1, 4), priority=5)
+    urgent = queue(scheduler, "urgent", distinct(2, 4), priority=0)
+    for _ in range(12):
+        step(scheduler)
+    assert background.status is SequenceStatus.WAITING
+    assert urgent.status is SequenceStatus.RUNNING
+
+
+def test_siblings_wait_for_the_prompt_that_one_of_them_computes() -> None:
+    scheduler = make_scheduler(tokens=16)
+    prompt = distinct(1, 30)
+    siblings = [queue(scheduler, f"choice {n}", prompt) for n in range(3)]
+    other = queue(scheduler, "other", distinct(2, 3))
+    assert shape(step(scheduler)) == [("choice 0", 16, False)]
+    assert shape(step(scheduler)) == [("choice 0", 14, True), ("other", 2, False)]
+    assert other.status is SequenceStatus.RUNNING, "others go past the waiting siblings"
+    assert shape(step(scheduler)) == [
+        ("choice 0", 1, True),
+        ("other", 1, True),
+        ("choice 1", 2, True),
+        ("choice 2", 2, True),
+    ]
+    assert [s.num_cached_tokens for s in siblings] == [0, 28, 28]
+    assert scheduler.prefix_hit_tokens == 56
+    assert scheduler.prompt_tokens == 93
+
+
+def test_a_sibling_goes_on_alone_when_its_runner_is_gone() -> None:
+    scheduler = make_scheduler(tokens=16)
+    first, second = (queue(scheduler, name, distinct(1, 40)) for name in ("first", "second"))
+    step(scheduler)
+    scheduler.remove(first)
+    assert shape(step(scheduler)) == [("second", 16, False)]
+    assert second.num_cached_tokens == 16
+
+
+@pytest.mark.parametrize("status", ["waiting", "running", "part read", "preempted"])
+def test_a_sequence_can_be_removed_wherever_it_stands(status: str) -> None:
+    scheduler = make_scheduler(blocks=8, tokens=8)
+    keeper = queue(scheduler, "keeper", distinct(1, 4), priority=-1)
+    if status != "waiting":
+        step(scheduler)
+    target = queue(scheduler, "target", distinct(2, 12))
+    for _ in range({"waiting": 0, "running": 4, "part read": 1, "preempted": 22}[status]):
+        step(scheduler)
+    expected = {"running": SequenceStatus.RUNNING, "part read": SequenceStatus.RUNNING}
+    assert target.status is expected.get(status, SequenceStatus.WAITING)
+    assert (scheduler.num_preemptions > 0) == (status == "preempted")
+    scheduler.remove(target)
+    scheduler.check_integrity()
+    scheduler.remove(keeper)
+    scheduler.check_integrity()
+    assert scheduler.pool.num_free_blocks == 8
+    assert scheduler.schedule() == []
+
+
+def test_the_integrity_check_sees_a_misplaced_sequence() -> None:
+    scheduler = make_scheduler()
+    moved = queue(scheduler, "moved", distinct(1, 4))
+    scheduler.running.append(scheduler.waiting.pop())
+    with pytest.raises(IntegrityError, match="RUNNING"):
+        scheduler.check_integrity()
+    moved.status = SequenceStatus.RUNNING
+    moved.num_computed_tokens = 3
+    with pytest.raises(IntegrityError):
+        scheduler.check_integrity()
