@@ -1,0 +1,78 @@
+"""Options and the size of the cache: every wrong value is refused with the value, the limit and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_fakes import HashModel, add, make_engine, run
+
+from tern.engine import EngineOptions
+from tern.engine.cache_size import free_memory, resolve_num_blocks, token_bytes
+from tern.errors import OptionError
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_model_len": 1}, "max_model_len is 1: .* from 2"),
+        ({"max_model_len": "4k"}, "max_model_len is '4k'"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0: .* from 1 to 4096"),
+        ({"max_num_seqs": True}, "max_num_seqs is True"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 63}, "is 63 but max_num_seqs is 64: .* raise the one"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"num_kv_blocks": 0}, "num_kv_blocks is 0"),
+        ({"kv_cache_memory": -5}, "kv_cache_memory is -5"),
+        ({"num_kv_blocks": 5, "kv_cache_memory": 5}, "both set the size of the cache"),
+        ({"max_queue": 0}, "max_queue is 0"),
+        ({"enable_prefix_caching": "yes"}, "enable_prefix_caching is 'yes'"),
+        ({"check_integrity_when_idle": 1}, "check_integrity_when_idle is 1"),
+        ({"dtype": "int8"}, "dtype is 'int8': it must be one of auto, float32"),
+        ({"device": "tpu"}, "device is 'tpu': it must be auto, cpu, cuda"),
+        ({"max_num_seq": 4}, "no engine option 'max_num_seq': did you mean max_num_seqs"),
+        ({"zzz": 4}, "no engine option 'zzz': known are max_model_len"),
+    ],
+)
+def test_a_wrong_option_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        EngineOptions.from_keywords(**values)
+
+
+def test_the_defaults_hold_full_sequences_and_stay_within_a_share_of_memory() -> None:
+    config = HashModel(length=1000).config
+    per_block = token_bytes(config, torch.float32) * 16
+    assert per_block == 2 * 4 * 16
+
+    def blocks(free: int, **options: Any) -> int:
+        return resolve_num_blocks(EngineOptions(**options), config, torch.float32, free, 1000)
+
+    assert blocks(10**12) == 4 * 63
+    assert blocks(10**12, max_num_seqs=2) == 2 * 63
+    assert blocks(2 * 100 * per_block) == 100
+    assert blocks(0, num_kv_blocks=70) == 70
+    assert blocks(0, kv_cache_memory=70 * per_block + 1) == 70
+    with pytest.raises(OptionError, match=r"1000 tokens needs 63 cache blocks .* free memory gives 40 .*at most 640"):
+        blocks(2 * 40 * per_block)
+    with pytest.raises(OptionError, match="num_kv_blocks gives 62"):
+        blocks(10**12, num_kv_blocks=62)
+    with pytest.raises(OptionError, match="kv_cache_memory gives 62"):
+        blocks(10**12, kv_cache_memory=63 * per_block - 1)
+
+
+def test_a_length_beyond_the_model_is_refused() -> None:
+    with pytest.raises(OptionError, match="max_model_len is 97 but the model was trained for 96"):
+        make_engine(max_model_len=97)
+    assert make_engine(max_model_len=50).max_model_len == 50
+
+
+def test_the_smallest_pool_serves_a_full_length_sequence() -> None:
+    engine = make_engine(max_model_len=30, num_kv_blocks=8)
+    sinks = [add(engine, str(number), [number], max_tokens=29, ignore_eos=True) for number in range(3, 6)]
+    run(engine)
+    assert [len(sink.ids) for sink in sinks] == [29] * 3
+
+
+def test_free_memory_is_a_plausible_number_of_bytes() -> None:
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
