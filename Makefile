@@ -30,7 +30,7 @@ chat: setup  ## talk to the embedded model (or MODEL=...) in this terminal
 	@$(BIN)/tern chat $(MODEL)
 
 test: setup  ## run every test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup  ## check style and types
 	@$(BIN)/ruff check .
