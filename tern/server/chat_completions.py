@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from tern.chat import RenderedPrompt, ResponseParser
+from tern.chat import RenderedPrompt, ResponseParser, validate_tools
 from tern.engine import SamplingParams
 from tern.server.auth import owner_of
 from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
@@ -67,6 +67,7 @@ def _thought_limit(request: ChatRequest) -> int | None:
 
 
 def _render(state: AppState, request: ChatRequest) -> RenderedPrompt:
+    validate_tools(request.tools)  # also where tool_choice keeps them from the model
     kwargs: dict[str, Any] = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort == "none":
         kwargs["enable_thinking"] = False
@@ -96,12 +97,14 @@ def _generation(
     request_id: str,
     owner: str | None,
 ) -> Generation:
+    assert prompt.state is not None, "a rendered chat says where its answer begins"
+    parser_state = prompt.state
     plan = Plan(
         request_id=request_id,
         prompts=[tuple(prompt.token_ids)],
         params=params,
         new_stream=lambda: state.protocol.text_stream(params, prompt=prompt),
-        new_parser=lambda: ResponseParser(tools=request.offered_tools, start=prompt.state),
+        new_parser=lambda: ResponseParser(tools=request.offered_tools, start=parser_state),
         owner=owner,
         priority=request.priority,
         single_call=not request.parallel_tool_calls,

@@ -71,8 +71,6 @@ def _shape(
 ) -> CompletionShape:
     echoes = [""] * len(given)
     if request.echo:
-        for ids in prompts:
-            state.check_token_ids("prompt", ids)
         decode = state.protocol.tokenizer.decode
         echoes = [prompt if isinstance(prompt, str) else decode(prompt, skip_special_tokens=False) for prompt in given]
     return CompletionShape(

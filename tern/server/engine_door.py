@@ -6,9 +6,10 @@ Tests of the HTTP layer put a scripted engine behind this door.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tern.engine import EngineStats, Request
+if TYPE_CHECKING:
+    from tern.engine import EngineStats, Request
 
 
 class Limits(Protocol):
@@ -17,10 +18,6 @@ class Limits(Protocol):
     @property
     def max_model_len(self) -> int:
         """Longest prompt and answer together, in tokens."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
 
 
 class EngineDoor(Protocol):

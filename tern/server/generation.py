@@ -45,7 +45,7 @@ class Generation:
     def _submit_all(self) -> None:
         for request in self.requests:
             self._engine.submit(request)
-        # The loop may have abandoned us while this thread was submitting: what came after its cancels is ours to take back.
+        # The loop may have abandoned us while this thread was submitting: what its cancels missed is taken back here.
         if self._abandoned:
             self._cancel_all()
 

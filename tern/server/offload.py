@@ -1,4 +1,4 @@
-"""Keeps long text work off the event loop: parsing, rendering and tokenising a large request must not stall the others."""
+"""Keeps long text work off the event loop: reading one large request must not stall the answers to others."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ class ServerOptions:
             _port("metrics_port", self.metrics_port)
             if self.metrics_port == self.port != 0:
                 raise OptionError(f"metrics_port is {self.port}, the same as port: choose another, or leave it out.")
-        if isinstance(self.api_keys, str) or not all(isinstance(key, str) and key for key in self.api_keys):
-            raise OptionError("api_keys must be a sequence of keys, none of them empty.")
+        if not all(self.api_keys):
+            raise OptionError("An API key is empty: give at least one character.")
         if self.served_model_name == "":
             raise OptionError("served_model_name is empty: give a name, or leave it out.")
         if not 1 <= self.max_body_bytes <= 2**31:

@@ -47,10 +47,10 @@ def run_server(
     `OptionError` if an address is taken or is none of this machine's.
     """
     options = options or ServerOptions()
-    with _listen(options.host, options.port) as listener:
+    with listen(options.host, options.port) as listener:
         state = AppState.create(engine, protocol, model, options)
         with _metrics_server(state):
-            server = _DrainingServer(_config(state), engine, options.shutdown_timeout)
+            server = _DrainingServer(server_config(state), engine, options.shutdown_timeout)
             engine.start()
             try:
                 url = _url(listener)
@@ -63,7 +63,8 @@ def run_server(
                 state.offload.close()
 
 
-def _config(state: AppState) -> uvicorn.Config:
+def server_config(state: AppState) -> uvicorn.Config:
+    """How uvicorn serves the application: plain HTTP/1.1, the caller's logging, headers that tell nothing."""
     return uvicorn.Config(
         create_app(state),
         http="h11",
@@ -104,7 +105,7 @@ class _DrainingServer(uvicorn.Server):
 
 
 @contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
+def listen(host: str, port: int) -> Iterator[socket.socket]:
     """A listening socket for the API."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

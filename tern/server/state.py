@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from tern.chat import ChatProtocol
-from tern.errors import EngineUnavailableError, InvalidRequestError, UnknownModelError
+from tern.errors import EngineUnavailableError, UnknownModelError
 from tern.server.body import Body, read_json
 from tern.server.engine_door import EngineDoor, ModelIdentity
 from tern.server.metrics import Metrics
@@ -52,15 +51,6 @@ class AppState:
         """Refuse a model that is not served; a request that names none means the one there is."""
         if name is not None and name != self.model_name:
             raise UnknownModelError(f"There is no model {name[:100]!r} here: this server serves {self.model_name!r}.")
-
-    def check_token_ids(self, name: str, ids: Iterable[int]) -> None:
-        """Refuse token ids that the tokenizer cannot turn into text."""
-        size = self.engine.engine.vocab_size
-        for token_id in ids:
-            if not 0 <= token_id < size:
-                raise InvalidRequestError(
-                    f"{name} holds token id {token_id}: the model knows ids 0 to {size - 1}.", param=name
-                )
 
     def check_ready(self) -> None:
         """Refuse work while the engine takes none."""

@@ -69,7 +69,7 @@ class EventStream(Response):
         self._generation = generation
         self._events = events
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Answer one ASGI request."""
         async with self._generation:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -11,7 +11,7 @@ from tern.errors import InvalidRequestError, UnsupportedFeatureError
 from tern.server.schemas.sampling import FLAG, WHOLE, SamplingFields
 
 EFFORTS = ("none", "low", "medium", "high")
-TEMPLATE_KWARGS = ("enable_thinking", "thinking")
+TEMPLATE_KWARGS = ("enable_thinking",)
 
 
 class ChatRequest(SamplingFields):
@@ -31,7 +31,7 @@ class ChatRequest(SamplingFields):
 
     def check(self) -> None:
         """Refuse fields that contradict each other and values that are not served yet."""
-        self.check_stream_options()
+        self.check_common()
         self._check_tool_choice()
         _check_same(self, "max_tokens", "max_completion_tokens")
         _check_same(self, "reasoning_max_tokens", "thinking_budget")

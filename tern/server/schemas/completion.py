@@ -26,7 +26,7 @@ class CompletionRequest(SamplingFields):
 
     def check(self) -> None:
         """Refuse fields that contradict each other and combinations that are not served yet."""
-        self.check_stream_options()
+        self.check_common()
         if self.echo and self.logprobs is not None:
             raise UnsupportedFeatureError(
                 "echo together with logprobs is not supported yet: log-probabilities of the prompt are not computed.",

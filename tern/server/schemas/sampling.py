@@ -20,6 +20,8 @@ FLAG = "true or false"
 NAME = "text"
 IDS = "a list of token ids"
 
+MAX_PRIORITY = 2**31 - 1
+
 
 class StreamOptions(Schema):
     """What a stream carries besides the answer."""
@@ -66,8 +68,12 @@ class SamplingFields(Schema):
         """Whether every chunk of a stream carries the usage so far."""
         return self.usage_at_end and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
-    def check_stream_options(self) -> None:
-        """Refuse options of a stream where none is asked for."""
+    def check_common(self) -> None:
+        """Refuse a priority out of range, and options of a stream where none is asked for."""
+        if abs(self.priority) > MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority is {self.priority}: it must be from -{MAX_PRIORITY} to {MAX_PRIORITY}.", param="priority"
+            )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError(
                 "stream_options is given but stream is not true: set stream, or leave stream_options out.",

@@ -1,0 +1,332 @@
+"""POST /v1/chat/completions over a scripted engine: answers, streams, tools, log-probabilities, usage."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from server_fakes import GREETING, USER, WEATHER_CALL, WEATHER_TOOL, Live
+
+
+def rebuild(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
+    """What a client makes of the chunks of one choice: the whole answer's choice."""
+    message: dict[str, Any] = {"role": None, "content": None, "reasoning_content": None, "reasoning": None}
+    calls: list[dict[str, Any]] = []
+    choice: dict[str, Any] = {"index": index, "message": message, "logprobs": None}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            if part["index"] != index:
+                continue
+            _add_delta(message, calls, part["delta"])
+            if part["logprobs"]:
+                choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+                choice["logprobs"]["content"] += part["logprobs"]["content"]
+            if "token_ids" in part:
+                choice.setdefault("token_ids", []).extend(part["token_ids"])
+            if part["finish_reason"] is not None:
+                assert "finish_reason" not in choice, "a choice ends once"
+                choice |= {"finish_reason": part["finish_reason"], "stop_reason": part["stop_reason"]}
+    if calls:
+        message["tool_calls"] = calls
+    message["content"] = message["content"] or None
+    return choice
+
+
+def _add_delta(message: dict[str, Any], calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    for name in ("role", "content", "reasoning_content", "reasoning"):
+        if name in delta:
+            assert delta[name] is not None
+            message[name] = (message[name] or "") + delta[name]
+    for piece in delta.get("tool_calls", ()):
+        if "id" in piece:
+            assert piece["index"] == len(calls), "calls are numbered in order"
+            function = {"name": piece["function"]["name"], "arguments": ""}
+            calls.append({"id": piece["id"], "type": piece["type"], "function": function})
+        calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+
+
+def without_ids(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice without the random ids of its calls."""
+    for call in choice["message"].get("tool_calls", ()):
+        assert call.pop("id")
+    return choice
+
+
+def test_a_whole_answer(server: Live) -> None:
+    answer = server.chat(model="tern-test")
+    assert answer["object"] == "chat.completion"
+    assert answer["id"].startswith("chatcmpl-")
+    assert answer["model"] == "tern-test"
+    choice = answer["choices"][0]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "Hello, 你好!\n\nHow are you?",
+        "reasoning_content": "They greet me.",
+        "reasoning": "They greet me.",
+    }
+    assert (choice["finish_reason"], choice["stop_reason"], choice["logprobs"]) == ("stop", None, None)
+
+
+def test_usage_counts_prompt_thought_and_cache(server: Live) -> None:
+    usage = server.chat()["usage"]
+    prompt = server.engine.seen[0].prompt_token_ids
+    thought = server.state.protocol.tokenizer.encode("They greet me.\n</think>")
+    assert usage["prompt_tokens"] == len(prompt)
+    assert usage["completion_tokens"] == len(server.state.protocol.tokenizer.encode(GREETING)) + 1
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 4}
+    assert abs(usage["completion_tokens_details"]["reasoning_tokens"] - len(thought)) <= 1
+
+
+def test_the_prompt_is_the_rendered_chat(server: Live) -> None:
+    server.chat(tools=[WEATHER_TOOL])
+    text = server.state.protocol.tokenizer.decode(server.engine.seen[0].prompt_token_ids, skip_special_tokens=False)
+    assert "How is the weather?" in text
+    assert '"name": "get_weather"' in text
+    assert text.endswith("<think>\n")
+
+
+def test_a_tool_call(server: Live) -> None:
+    server.engine.answers.append(WEATHER_CALL)
+    choice = server.chat(tools=[WEATHER_TOOL])["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["type"] == "function"
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"]) == {"location": "Beijing", "unit": "c"}
+    assert choice["message"]["content"] is None
+    assert choice["message"]["reasoning_content"] == "I should look it up."
+    assert choice["finish_reason"] == "tool_calls"
+
+
+def test_a_tool_call_cut_by_max_tokens_is_length(server: Live) -> None:
+    cut = len(server.state.protocol.tokenizer.encode(WEATHER_CALL.split(', "unit"')[0]))
+    for stream in (False, True):
+        server.engine.answers.append(WEATHER_CALL)
+        fields = {"tools": [WEATHER_TOOL], "max_tokens": cut}
+        choice = rebuild(server.stream(**fields)) if stream else server.chat(**fields)["choices"][0]
+        assert choice["finish_reason"] == "length"
+        arguments = choice["message"]["tool_calls"][0]["function"]["arguments"]
+        assert arguments.startswith('{"location": "Beijing"')
+        assert not arguments.endswith("}")
+
+
+def test_tool_choice_none_hides_the_tools(server: Live) -> None:
+    server.engine.answers.append(WEATHER_CALL)
+    choice = server.chat(tools=[WEATHER_TOOL], tool_choice="none")["choices"][0]
+    text = server.state.protocol.tokenizer.decode(server.engine.seen[0].prompt_token_ids)
+    assert "get_weather" not in text
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "stop"
+
+
+TWO_CALLS = WEATHER_CALL + WEATHER_CALL.split("</think>\n\n")[1].replace("Beijing", "Paris")
+
+
+def test_two_calls_have_their_own_index_and_id(server: Live) -> None:
+    server.engine.answers.append(TWO_CALLS)
+    calls = server.chat(tools=[WEATHER_TOOL])["choices"][0]["message"]["tool_calls"]
+    assert [json.loads(call["function"]["arguments"])["location"] for call in calls] == ["Beijing", "Paris"]
+    assert calls[0]["id"] != calls[1]["id"]
+
+
+def test_parallel_tool_calls_false_ends_at_the_second_call(server: Live) -> None:
+    for stream in (False, True):
+        server.engine.answers.append(TWO_CALLS)
+        fields = {"tools": [WEATHER_TOOL], "parallel_tool_calls": False}
+        choice = rebuild(server.stream(**fields)) if stream else server.chat(**fields)["choices"][0]
+        (call,) = choice["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["location"] == "Beijing"
+        assert choice["finish_reason"] == "tool_calls"
+    server.still_serves()
+
+
+@pytest.mark.parametrize(
+    ("answer", "fields"),
+    [
+        (GREETING, {}),
+        (GREETING, {"logprobs": True, "top_logprobs": 2}),
+        (GREETING, {"return_token_ids": True}),
+        (GREETING, {"stop": ["are"]}),
+        (GREETING, {"stop": ["are"], "include_stop_str_in_output": True}),
+        (GREETING, {"max_tokens": 7}),
+        (GREETING, {"max_tokens": 3}),
+        (GREETING, {"reasoning_max_tokens": 2}),
+        (WEATHER_CALL, {"tools": [WEATHER_TOOL]}),
+        (TWO_CALLS, {"tools": [WEATHER_TOOL], "logprobs": True}),
+        (TWO_CALLS, {}),
+        ("</think>", {}),
+        ("", {}),
+        ("a\n</think>\n\n<response>\n```\n\n\n中\n\n```\n</response>\n", {}),
+    ],
+)
+def test_a_stream_says_what_the_whole_answer_says(server: Live, answer: str, fields: dict[str, Any]) -> None:
+    server.engine.answers.extend([answer, answer])
+    whole = server.chat(**fields)["choices"][0]
+    streamed = rebuild(server.stream(**fields))
+    assert without_ids(streamed) == without_ids(whole)
+    assert whole["finish_reason"] in ("stop", "length", "tool_calls")
+
+
+def test_the_form_of_a_stream(server: Live) -> None:
+    server.engine.answers.append(WEATHER_CALL)
+    chunks = server.stream(tools=[WEATHER_TOOL], stream_options={"include_usage": True})
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in chunks}) == 1
+    first, *deltas, finish, usage = chunks
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert finish["choices"][0]["delta"] == {}
+    assert finish["choices"][0]["finish_reason"] == "tool_calls"
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] > 0
+    heads = [call for chunk in deltas for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    assert heads[0]["type"] == "function"
+    assert heads[0]["id"]
+    assert all(set(call) == {"index", "function"} for call in heads[1:])
+
+
+def test_usage_in_every_chunk(server: Live) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = server.stream(stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts[0] == 0
+    assert counts == sorted(counts)
+    assert counts[-1] == chunks[-1]["usage"]["total_tokens"] - chunks[-1]["usage"]["prompt_tokens"]
+
+
+def test_several_choices_keep_apart(server: Live) -> None:
+    server.engine.answers.extend(["a\n</think>\n\nfirst", "b\n</think>\n\nsecond", "c\n</think>\n\nthird"] * 2)
+    whole = server.chat(n=3)
+    assert [choice["message"]["content"] for choice in whole["choices"]] == ["first", "second", "third"]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert [request.choice_index for request in server.engine.seen] == [0, 1, 2]
+    chunks = server.stream(n=3)
+    assert [rebuild(chunks, index) for index in range(3)] == whole["choices"]
+    assert whole["usage"]["prompt_tokens"] == len(server.engine.seen[0].prompt_token_ids)
+
+
+def test_logprobs(server: Live) -> None:
+    server.engine.answers.append("好\n</think>\n\nok")
+    content = server.chat(logprobs=True, top_logprobs=2)["choices"][0]["logprobs"]["content"]
+    assert b"".join(bytes(entry["bytes"]) for entry in content).decode().startswith("好\n</think>\n\nok")
+    assert all(entry["logprob"] == -0.5 and len(entry["top_logprobs"]) == 2 for entry in content)
+    assert any(entry["token"].startswith("bytes:\\x") for entry in content)
+    server.engine.answers.append("好\n</think>\n\nok")
+    content = server.chat(logprobs=True)["choices"][0]["logprobs"]["content"]
+    assert all(entry["top_logprobs"] == [] for entry in content)
+
+
+def test_token_ids(server: Live) -> None:
+    answer = server.chat(return_token_ids=True)
+    assert answer["prompt_token_ids"] == list(server.engine.seen[0].prompt_token_ids)
+    ids = answer["choices"][0]["token_ids"]
+    assert server.state.protocol.tokenizer.decode(ids) == GREETING
+    chunks = server.stream(return_token_ids=True)
+    assert chunks[0]["prompt_token_ids"] == answer["prompt_token_ids"]
+
+
+def test_a_stop_string_counts_only_after_the_thought(server: Live) -> None:
+    server.engine.answers.append("greet the STOP sign\n</think>\n\nAnswer STOP here")
+    choice = server.chat(stop="STOP")["choices"][0]
+    assert choice["message"]["reasoning_content"] == "greet the STOP sign"
+    assert choice["message"]["content"] == "Answer "
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "STOP")
+
+
+def test_a_stop_token_is_named_and_not_shown(server: Live) -> None:
+    (token,) = server.state.protocol.tokenizer.encode("!")
+    choice = server.chat(stop_token_ids=[token])["choices"][0]
+    assert choice["message"]["content"] == "Hello, 你好"
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", token)
+    choice = server.chat(stop_token_ids=[token], include_stop_str_in_output=True)["choices"][0]
+    assert choice["message"]["content"] == "Hello, 你好!"
+
+
+def test_the_end_token_is_never_shown(server: Live) -> None:
+    choice = server.chat(skip_special_tokens=False)["choices"][0]
+    assert choice["message"]["content"] == "Hello, 你好!\n\nHow are you?"
+
+
+def test_a_thought_out_of_budget_is_closed_and_answered(server: Live) -> None:
+    for field in ("reasoning_max_tokens", "thinking_budget"):
+        server.engine.answers.append("I think and think and think and never end")
+        choice = server.chat(**{field: 6})["choices"][0]
+        assert choice["message"]["content"] == "forced answer"
+        assert choice["message"]["reasoning_content"].startswith("I think")
+
+
+@pytest.mark.parametrize("fields", [{"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}])
+def test_thinking_off(server: Live, fields: dict[str, Any]) -> None:
+    server.engine.answers.append("Hi\n</response>\n")
+    message = server.chat(**fields)["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Hi", None)
+    text = server.state.protocol.tokenizer.decode(server.engine.seen[0].prompt_token_ids)
+    assert text.endswith("<think>\n\n</think>\n\n<response>\n")
+
+
+def test_reasoning_effort_sets_a_budget(server: Live) -> None:
+    for effort in ("low", "medium", "high"):
+        server.chat(reasoning_effort=effort)
+    server.chat(reasoning_effort="low", reasoning_max_tokens=5)
+    limits = [request.params.reasoning_max_tokens for request in server.engine.seen]
+    assert limits == [1024, 8192, None, 5]
+
+
+def test_every_sampling_field_reaches_the_engine(server: Live) -> None:
+    fields: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "frequency_penalty": 0.2,
+        "presence_penalty": -0.3,
+        "repetition_penalty": 1.1,
+        "seed": 42,
+        "min_tokens": 3,
+        "ignore_eos": False,
+        "stop": ["x"],
+        "stop_token_ids": [9],
+        "bad_words": ["weather"],
+        "skip_special_tokens": True,
+        "include_stop_str_in_output": False,
+    }
+    server.chat(**fields, logit_bias={"17": -100, "18": 1.5}, max_completion_tokens=50, priority=3)
+    (request,) = server.engine.seen
+    for name, value in fields.items():
+        assert getattr(request.params, name) == (tuple(value) if isinstance(value, list) else value), name
+    assert request.params.logit_bias == {17: -100, 18: 1.5}
+    assert request.params.max_tokens == 50
+    assert request.priority == 3
+    assert tuple(server.state.protocol.tokenizer.encode(" weather")) in request.bad_token_sequences
+
+
+def test_a_history_with_thought_and_tool_result_is_accepted(server: Live) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"location": "Beijing"}'}}
+    history = [
+        {"role": "developer", "content": "Be brief."},
+        *USER,
+        {"role": "assistant", "content": None, "reasoning_content": "Look.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": '{"temperature": 26}'},
+    ]
+    assert server.chat(messages=history, tools=[WEATHER_TOOL])["choices"][0]["finish_reason"] == "stop"
+    text = server.state.protocol.tokenizer.decode(server.engine.seen[0].prompt_token_ids)
+    assert '<tool_response>\n{"temperature": 26}\n</tool_response>' in text
+
+
+def test_null_fields_are_absent_and_harmless_fields_ignored(server: Live) -> None:
+    nulls = dict.fromkeys(("temperature", "stop", "tools", "tool_choice", "n", "seed", "logit_bias", "response_format"))
+    ignored = {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "prompt_cache_key": "k"}
+    neutral = {"response_format": {"type": "text"}, "best_of": 1, "tool_choice": "auto"}
+    assert server.chat(**{**nulls, **ignored, **neutral})["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_failing_engine_is_an_error_and_not_an_answer(server: Live) -> None:
+    server.engine.fail_with = "The engine failed while computing this request."
+    response = server.client.post("/v1/chat/completions", json={"messages": USER})
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == server.engine.fail_with
+    chunks = server.stream()
+    assert chunks[-1]["error"]["message"] == server.engine.fail_with
+    server.engine.fail_with = None
+    server.still_serves()
