@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx2
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,  # type: ignore[attr-defined]  # whichever client library the hub's own is built on
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -59,7 +59,7 @@ def download_snapshot(repo_id: str, *, revision: str | None, token: str | None, 
                 tqdm_class=hub_tqdm if progress and sys.stderr.isatty() else _NoProgress,
             )
         )
-    except (OSError, httpx2.HTTPError, HFValidationError, RuntimeError) as error:
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:
         raise HubError(_explain(error, repo_id, revision)) from error
 
 

@@ -1,11 +1,13 @@
 """Which tensors a checkpoint directory holds, in which file each one lies. Knows no tensor names and no network.
 
-A checkpoint is one `model.safetensors`, or shards listed by `model.safetensors.index.json` (its `weight_map` gives the
-file of each tensor). Pickle files can run code when they are read: they are refused by name and never opened.
+A checkpoint is one `model.safetensors`, which counts first, or shards listed by `model.safetensors.index.json`, whose
+`weight_map` gives the file of each tensor. Pickle files can run code when they are read: they are refused by name and
+never opened.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,19 +23,28 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams"}
 
 @dataclass(frozen=True)
 class Inventory:
-    """The tensors that can be read, and the names of those whose file is missing or damaged (already reported)."""
+    """The tensors that can be read, and the names of those whose file is missing or damaged, which is reported."""
 
     entries: list[TensorEntry] = field(default_factory=list)
     lost: frozenset[str] = frozenset()
 
 
+def file_names(directory: Path) -> list[str]:
+    """The names of what a directory holds, sorted. Raises `CheckpointError` if it cannot be read."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read ({error.strerror}): check the path.") from error
+
+
 def take_inventory(directory: Path, problems: Problems) -> Inventory:
     """List the tensors of the checkpoint in `directory`; what is wrong with the files goes to `problems`."""
-    if (directory / SINGLE_FILE).exists():
+    present = file_names(directory)
+    if SINGLE_FILE in present:
         return Inventory(_read_file(directory / SINGLE_FILE, problems) or [])
-    if (directory / INDEX_FILE).exists():
-        return _read_shards(directory, problems)
-    problems.add("no weights", _explain_absence(directory))
+    if INDEX_FILE in present:
+        return _read_shards(directory, present, problems)
+    problems.add("no weights", _explain_absence(present))
     return Inventory()
 
 
@@ -47,13 +58,14 @@ def _read_file(path: Path, problems: Problems) -> list[TensorEntry] | None:
         return None
 
 
-def _read_shards(directory: Path, problems: Problems) -> Inventory:
+def _read_shards(directory: Path, present: list[str], problems: Problems) -> Inventory:
+    """The tensors of all shards. A tensor that its shard lacks is left to whoever needs it to miss it."""
     weight_map = _read_weight_map(directory / INDEX_FILE, problems)
     entries: list[TensorEntry] = []
     lost: set[str] = set()
     for shard in sorted(set(weight_map.values())):
         expected = {name for name, file in weight_map.items() if file == shard}
-        if not (directory / shard).exists():
+        if shard not in present:
             problems.add("missing file", f"{shard}, which holds {len(expected)} tensors; download the checkpoint again")
             lost |= expected
             continue
@@ -61,13 +73,11 @@ def _read_shards(directory: Path, problems: Problems) -> Inventory:
         if found is None:
             lost |= expected
             continue
-        names = {entry.name for entry in found}
-        for name in sorted(expected - names):
-            problems.add("missing", f"{name}, which {INDEX_FILE} places in {shard}")
-        for name in sorted(names - expected):
-            problems.add("surplus", f"{name} in {shard}, which {INDEX_FILE} does not place there")
-        lost |= expected - names
-        entries += [entry for entry in found if entry.name in expected]
+        for entry in found:
+            if entry.name in expected:
+                entries.append(entry)
+            else:
+                problems.add("surplus", f"{entry.name} in {shard}, where {INDEX_FILE} does not place it")
     return Inventory(entries, frozenset(lost))
 
 
@@ -96,14 +106,13 @@ def _is_plain_shard_name(file: object) -> bool:
     )
 
 
-def _explain_absence(directory: Path) -> str:
-    found = sorted(path.name for path in directory.iterdir() if path.is_file())
-    pickles = [name for name in found if Path(name).suffix in PICKLE_SUFFIXES]
+def _explain_absence(present: list[str]) -> str:
+    pickles = [name for name in present if Path(name).suffix in PICKLE_SUFFIXES]
     if pickles:
         return (
             f"{pickles[0]} is a pickle, which can run code when it is read, and is refused; "
             "use the model's safetensors files or convert it"
         )
-    other = [name for name in found if name.endswith((".safetensors", ".gguf"))]
+    other = [name for name in present if name.endswith((".safetensors", ".gguf"))]
     beside = f" (found {', '.join(other[:4])})" if other else ""
     return f"neither {SINGLE_FILE} nor {INDEX_FILE} is there{beside}; give the directory of a whole checkpoint"

@@ -53,6 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 3584,
         "moe_num_shared_experts": 0,
         "moe_layer_start_index": 3,
+        "tie_word_embeddings": False,
     },
     "ernie-4.5-0.3b": {
         **_FAMILY,

@@ -36,8 +36,9 @@ DTYPE_BYTES = {
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 
-# The dtypes that weights are read from.
-WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The dtypes that weights are read from. Paddle saves bfloat16 through numpy, which has no such type, and calls it U16
+# (https://github.com/foundation-model-stack/fastsafetensors/pull/24).
+WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,10 @@ class MappedFiles:
 
     def _storage(self, path: Path) -> torch.UntypedStorage:
         if path not in self._storages:
-            size = path.stat().st_size
-            storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+            try:
+                storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=path.stat().st_size)
+            except (OSError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0][:200]
+                raise CheckpointError(f"{path} cannot be mapped into memory ({reason}).") from error
             self._storages[path] = cast(torch.UntypedStorage, storage)
         return self._storages[path]

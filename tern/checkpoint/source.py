@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 from tern.checkpoint.generation import GenerationConfig
+from tern.checkpoint.inventory import file_names
 from tern.checkpoint.json_file import read_json_object
 from tern.checkpoint.presets import PRESETS
 from tern.errors import CheckpointError, OptionError, UnsupportedConfigError
@@ -80,7 +81,7 @@ def resolve_model(
 
 def _directory_source(directory: Path, name: str) -> ModelSource:
     path = directory / "config.json"
-    if not path.exists():
+    if path.name not in file_names(directory):
         raise CheckpointError(f"{directory} has no config.json: give the directory of a Hugging Face checkpoint.")
     config = _read_config(path)
     return ModelSource(name, directory, config, GenerationConfig.from_directory(directory, config))

@@ -102,8 +102,15 @@ def test_index_and_shards_that_disagree(sharded: Path) -> None:
     moved = [name for name in ("model.norm.weight", "model.layers.0.self_attn.o_proj.weight") if name in text]
     assert moved
     for name in moved:
-        assert f"missing: {name}, which {INDEX} places in {SECOND}" in text
-        assert re.search(rf"surplus: {re.escape(name)} in model-0000[13]-of-00003.safetensors", text)
+        assert f"missing: {name}, needed for " in text
+        assert re.search(rf"surplus: {re.escape(name)} in model-0000[13]-of-00003\.safetensors, where {INDEX}", text)
+
+
+def test_index_may_list_a_tensor_that_nobody_needs(sharded: Path) -> None:
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = SECOND
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert "embed" in load_tensors(resolve_model(str(sharded)))
 
 
 @pytest.mark.parametrize(

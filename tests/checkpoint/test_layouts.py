@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,10 @@ from checkpoint_writer import (
     write_checkpoint,
 )
 
-from tern.checkpoint import load_model, load_tensors, resolve_model
+from tern.checkpoint import PRESETS, load_model, load_tensors, resolve_model
+from tern.checkpoint.layouts import has_experts, match_name, parts_of, usual_name
 from tern.errors import CheckpointError, OptionError
-from tern.model import Batch, ErnieModel, KVCache, parameter_shapes
+from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, parameter_shapes
 
 LAYOUTS: dict[str, Callable[[torch.nn.Module], Tensors]] = {
     "pt": pt_tensors,
@@ -153,6 +157,16 @@ def test_bf16_keeps_the_routers_in_float32(tmp_path: Path, layout: str) -> None:
             assert torch.equal(tensor, expected[name].to(wanted)), name
 
 
+def test_paddle_calls_bfloat16_u16(tmp_path: Path) -> None:
+    model = moe_model()
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in paddle_tensors(model).items()}
+    named_u16 = {name: tensor.contiguous().view(torch.uint16) for name, tensor in tensors.items()}
+    expected = load_tensors(resolve_model(str(write_checkpoint(tmp_path / "bf16", model, tensors, dtype="bfloat16"))))
+    found = load_tensors(resolve_model(str(write_checkpoint(tmp_path / "u16", model, named_u16, dtype="bfloat16"))))
+    assert found["embed"].dtype == torch.bfloat16
+    assert_same(found, expected)
+
+
 def test_dtype_comes_from_the_config_and_else_from_the_files(tmp_path: Path) -> None:
     tensors = {name: tensor.to(torch.float16) for name, tensor in pt_tensors(moe_model()).items()}
     declared = write_checkpoint(tmp_path / "declared", moe_model(), tensors, dtype="bfloat16")
@@ -271,8 +285,48 @@ class TestOrientation:
         assert_same(load_tensors(resolve_model(str(pt))), canonical(model))
 
 
+@pytest.mark.parametrize("preset", ["ernie-4.5-21b-a3b", "ernie-4.5-0.3b"])
+def test_every_parameter_has_a_name_in_files_that_leads_back_to_it(preset: str) -> None:
+    config = ErnieConfig.from_dict({**PRESETS[preset], "num_nextn_predict_layers": 1, "use_bias": True})
+    for target, shape in parameter_shapes(config).items():
+        for part in parts_of(target):
+            expert = shape[0] - 1 if has_experts(target) else None
+            match = match_name(usual_name(target, part, expert))
+            assert match is not None
+            assert (match.target, match.rule.part, match.expert) == (target, part, expert)
+
+
 class TestMemory:
-    """Tensors that are canonical in the file are used where they are mapped."""
+    """Tensors that are canonical in the file are used where they are mapped, and no second copy is ever made."""
+
+    def test_loading_fits_beside_the_mapped_file_with_little_to_spare(self, tmp_path: Path) -> None:
+        """80 MB of experts, one by one in the file, under a limit that fits the file, one model and 30 MB.
+
+        RLIMIT_DATA counts all that a process may write to: its own memory, and private mappings of files in full.
+        """
+        model = moe_model(num_hidden_layers=2, moe_num_experts=32, hidden_size=256, moe_intermediate_size=800)
+        directory = write_checkpoint(tmp_path / "it", model, pt_tensors(model))
+        size = (directory / "model.safetensors").stat().st_size
+        assert size > 70e6
+        program = (
+            "import resource, sys\n"
+            "from tern.checkpoint import load_tensors, resolve_model\n"
+            "source = resolve_model(sys.argv[1])\n"
+            "status = dict(line.split(':') for line in open('/proc/self/status'))\n"
+            "limit = int(status['VmData'].split()[0]) * 1024 + int(sys.argv[2])\n"
+            "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
+            "print(sum(tensor.nbytes for tensor in load_tensors(source).values()))\n"
+        )
+
+        def load(beside: int) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-c", program, str(directory), str(beside)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+        done = load(2 * size + 30_000_000)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) > 70e6
+        assert "allocate memory" in load(2 * size - 30_000_000).stderr, "the limit does limit"
 
     def test_canonical_tensors_share_the_mapping(self, tmp_path: Path) -> None:
         directory = write_checkpoint(tmp_path / "it", moe_model(), fused_tensors(moe_model()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,15 +13,6 @@ from tern.checkpoint import synthetic as synthetic_module
 from tern.model import ErnieConfig, parameter_shapes
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Puts torch's number of threads back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 def test_same_seed_same_weights_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic_module, "BLOCK", 1000)
     torch.set_num_threads(1)
