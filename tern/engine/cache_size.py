@@ -16,6 +16,7 @@ from tern.model.config import ErnieConfig
 
 DEFAULT_FULL_SEQUENCES = 4  # what the cache holds by default, where memory allows: many short chats, or four long ones
 FREE_MEMORY_SHARE = 0.5
+_CGROUP = "/sys/fs/cgroup"
 
 
 def token_bytes(config: ErnieConfig, dtype: torch.dtype) -> int:
@@ -73,9 +74,12 @@ def free_memory(device: torch.device) -> int:
             break
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    limit, used = _lines(f"{_CGROUP}/memory.max"), _lines(f"{_CGROUP}/memory.current")
     if limit and used and limit[0].isdigit():
-        available = min(available, int(limit[0]) - int(used[0]))
+        cache = sum(
+            int(line.split()[1]) for line in _lines(f"{_CGROUP}/memory.stat") if line.startswith("inactive_file ")
+        )
+        available = min(available, int(limit[0]) - int(used[0]) + cache)
     return max(available, 0)
 
 

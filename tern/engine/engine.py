@@ -120,6 +120,7 @@ class Engine:
         started = time.perf_counter()
         chunks = self.scheduler.schedule()
         if not chunks:
+            self._check_idle()
             return False
         try:
             tokens = self.runner.run(chunks)
@@ -220,6 +221,10 @@ class Engine:
         queued = [*self.scheduler.running, *self.scheduler.waiting]
         if len(queued) != len(self.sequences) or any(self.sequences.get(s.request_id) is not s for s in queued):
             raise IntegrityError(f"{len(self.sequences)} requests are open but {len(queued)} are queued")
+
+    def _check_idle(self) -> None:
+        if self.has_work:  # or callers that step while there is work would spin for ever
+            raise IntegrityError(f"{len(self.sequences)} requests are open but none can be scheduled")
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         low, high = min(ids, default=0), max(ids, default=0)

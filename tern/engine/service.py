@@ -1,7 +1,8 @@
 """An engine on a thread of its own: the door for servers. Knows threads and the engine's life; computes nothing.
 
-Callers on any thread leave commands; the engine's thread applies them between two steps, so the engine itself needs no
-locks and a cancelled request stops within one step. Without work the thread sleeps until a command wakes it.
+Callers on any thread leave requests and cancellations; the engine's thread takes them up between two steps, so the
+engine itself needs no locks and a cancelled request stops within one step. Without work the thread sleeps until it is
+woken. Sinks are called without a lock held, so they may take locks of their own.
 
     starting --start()--> ready --drain()--> draining --stop()--> stopped
                              \\------ engine broken ------> failed
@@ -12,8 +13,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from enum import StrEnum
 
 from tern.engine.engine import Engine, EngineStats
@@ -49,9 +48,10 @@ class EngineService:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._commands: deque[Callable[[], object]] = deque()
-        self._pending: dict[str, Sequence] = {}  # submitted, not yet with the engine
-        self._changed = threading.Condition()  # guards everything in this class
+        self._changed = threading.Condition()  # guards what follows
+        self._submitted: dict[str, Sequence] = {}  # not yet with the engine
+        self._cancelled: list[str] = []
+        self._idle = True
         self._state = ServiceState.STARTING
         self._beat = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="tern-engine", daemon=True)
@@ -90,20 +90,21 @@ class EngineService:
         with self._changed:
             if self._state is not ServiceState.READY:
                 raise EngineUnavailableError(f"The engine is {self._state} and takes no new requests: try again later.")
-            if request.request_id in self._pending or request.request_id in self._engine.sequences:
+            if self._is_open(request.request_id):
                 raise InvalidRequestError(
                     f"A request {request.request_id!r} is already being served: choose another id.", param="request_id"
                 )
-            self._engine.check_queue(len(self._pending) + len(self._engine.sequences))
-            self._pending[request.request_id] = sequence
-            self._command(lambda: self._engine.enqueue(self._pending.pop(request.request_id)))
+            self._engine.check_queue(len(self._submitted) + len(self._engine.sequences))
+            self._submitted[request.request_id] = sequence
+            self._changed.notify_all()
 
     def cancel(self, request_id: str) -> bool:
         """Take a request back; its work stops within one step. False if it is not known (any more)."""
         with self._changed:
-            if request_id not in self._pending and request_id not in self._engine.sequences:
+            if not self._is_open(request_id):
                 return False
-            self._command(lambda: self._engine.cancel(request_id))
+            self._cancelled.append(request_id)
+            self._changed.notify_all()
             return True
 
     def stats(self) -> EngineStats:
@@ -119,7 +120,7 @@ class EngineService:
         with self._changed:
             if self._state is ServiceState.READY:
                 self._state = ServiceState.DRAINING
-            return self._changed.wait_for(self._is_idle, timeout)
+            return self._changed.wait_for(lambda: self._idle and not self._submitted, timeout)
 
     def stop(self) -> None:
         """End the thread after its present step; requests still open are finished as cancelled."""
@@ -131,12 +132,8 @@ class EngineService:
         if started and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def _command(self, command: Callable[[], object]) -> None:
-        self._commands.append(command)
-        self._changed.notify_all()
-
-    def _is_idle(self) -> bool:
-        return not self._commands and not self._engine.has_work
+    def _is_open(self, request_id: str) -> bool:
+        return request_id in self._submitted or request_id in self._engine.sequences
 
     def _run(self) -> None:
         try:
@@ -145,32 +142,41 @@ class EngineService:
             self._engine.end_all(FinishReason.CANCELLED, STOPPED)
         except Exception:
             logger.exception("The engine has failed")
-            self._fail()
+            with self._changed:
+                self._state = ServiceState.FAILED
+                self._take_submitted()
+            self._engine.end_all(FinishReason.ERROR, FAILED)
+        with self._changed:
+            self._idle = True
+            self._changed.notify_all()
 
     def _turn(self) -> bool:
-        """Apply commands, then one step, or sleep until there is something to do; False when the service stops."""
+        """Take up what callers left, then do one step, or sleep until there is one to do; False to end the thread."""
         with self._changed:
             self._beat = time.monotonic()
-            while self._commands:
-                self._commands.popleft()()
+            self._take_submitted()
+            cancelled, self._cancelled = self._cancelled, []
             if self._state is ServiceState.STOPPED:
                 return False
-            if not self._engine.has_work:
-                if self._engine.options.check_integrity_when_idle:
-                    self._engine.check_integrity()
-                self._changed.notify_all()  # to those who wait for the drain
-                self._changed.wait(IDLE_BEAT_SECONDS)
+            self._idle = not self._engine.has_work
+            if self._idle:
+                self._rest()
                 return True
+        for request_id in cancelled:
+            self._engine.cancel(request_id)
         self._engine.step()
         if self._engine.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             raise RuntimeError(f"{self._engine.consecutive_failures} steps in a row failed")
         return True
 
-    def _fail(self) -> None:
-        """Answer every request with an error and refuse all further ones."""
-        with self._changed:
-            self._state = ServiceState.FAILED
-            while self._commands:
-                self._commands.popleft()()
-            self._engine.end_all(FinishReason.ERROR, FAILED)
-            self._changed.notify_all()
+    def _take_submitted(self) -> None:
+        for sequence in self._submitted.values():
+            self._engine.enqueue(sequence)
+        self._submitted.clear()
+
+    def _rest(self) -> None:
+        """Sleep until something changes or the next beat is due."""
+        if self._engine.options.check_integrity_when_idle:
+            self._engine.check_integrity()
+        self._changed.notify_all()  # to those who wait for the drain
+        self._changed.wait(IDLE_BEAT_SECONDS)
