@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from tern import __version__
 from tern.server import metrics
 from tern.server.state import AppState
 
@@ -51,7 +50,7 @@ def routes(state: AppState) -> APIRouter:
 
     @router.get("/version")
     async def tern_version() -> Response:
-        return JSONResponse({"version": version("tern-llm")})
+        return JSONResponse({"version": __version__})
 
     if state.options.metrics_port is None:
 

@@ -1,7 +1,7 @@
 """A scripted engine behind the server's door, a small tokenizer, and a server on a loopback port in a thread.
 
-The engine answers each request with the next scripted text, token by token, on a thread of its own, and obeys the sink's
-steering as the real one does; nothing in it is random or timed.
+The engine answers each request with the next scripted text, token by token, on a thread of its own, and obeys the
+sink's steering as the real one does; nothing in it is random or timed.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ class ScriptedEngine:
             prefix_query_tokens=40,
             prefix_hit_tokens=16,
             prompt_tokens=sum(len(request.prompt_token_ids) for request in self.seen),
+            computed_tokens=0,
             generated_tokens=self._generated,
             preemptions=0,
             steps=0,
@@ -278,7 +279,7 @@ def serve(engine: Any, protocol: ChatProtocol, model: Any = None, **options: Any
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(server_config(state))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        url = "http://127.0.0.1:{}".format(listener.getsockname()[1])
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         engine.start()
         thread.start()
         with httpx.Client(base_url=url, timeout=30) as client:

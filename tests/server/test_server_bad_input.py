@@ -8,8 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import USER, WEATHER_TOOL, Live, serve
-from server_fakes import ScriptedEngine
+from server_fakes import USER, WEATHER_TOOL, Live, ScriptedEngine, serve
 
 from tern.chat import ChatProtocol
 

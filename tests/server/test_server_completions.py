@@ -25,9 +25,9 @@ def rebuild(chunks: list[dict[str, Any]], index: int) -> dict[str, Any]:
     assert all(part["finish_reason"] is None for part in parts[:-1])
     if parts[0]["logprobs"] is not None:
         lists = [part["logprobs"] for part in parts]
-        choice["logprobs"] = {name: sum((each[name] for each in lists), []) for name in lists[0]}
+        choice["logprobs"] = {name: [item for each in lists for item in each[name]] for name in lists[0]}
     if "token_ids" in parts[0]:
-        choice["token_ids"] = sum((part["token_ids"] for part in parts), [])
+        choice["token_ids"] = [token for part in parts for token in part["token_ids"]]
         choice["prompt_token_ids"] = parts[0]["prompt_token_ids"]
     return choice
 

@@ -1,0 +1,96 @@
+"""A client that leaves, and a client that waits: work stops for the one, comments come for the other."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+
+import pytest
+from server_fakes import USER, Live, ScriptedEngine, serve
+
+from tern.chat import ChatProtocol
+from tern.engine import FinishReason
+
+LONG = "I think about it.\n</think>\n\n" + "and on it goes " * 2000
+
+
+def request_bytes(**fields: object) -> bytes:
+    """A raw chat request, for clients that leave without a word."""
+    body = json.dumps({"messages": USER, **fields}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def connect(server: Live) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=30)
+
+
+@pytest.mark.parametrize("fields", [{"stream": False}, {"stream": True}, {"stream": True, "n": 3}, {"n": 3}])
+def test_leaving_before_the_first_token(server: Live, fields: dict[str, object]) -> None:
+    server.engine.gate.clear()
+    with connect(server) as client:
+        client.sendall(request_bytes(**fields))
+        server.engine.wait_until(lambda: len(server.engine.seen) == fields.get("n", 1))
+    server.engine.wait_until(lambda: server.engine.num_open == 0)
+    assert len(server.engine.cancelled) == fields.get("n", 1)
+    server.engine.gate.set()
+    server.still_serves()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_while_tokens_come(server: Live, stream: bool) -> None:
+    server.engine.answers.append(LONG)
+    with connect(server) as client:
+        client.sendall(request_bytes(stream=stream, n=1))
+        if stream:
+            assert b" 200 " in client.recv(64)
+        else:
+            server.engine.wait_until(lambda: server.engine.num_open == 1)
+    server.engine.wait_until(lambda: server.engine.num_open == 0)
+    assert server.engine.finished[FinishReason.CANCELLED] >= 1
+    assert len(server.engine.cancelled) == 1
+    server.still_serves()
+
+
+def test_leaving_while_the_body_is_sent(server: Live) -> None:
+    with connect(server) as client:
+        client.sendall(request_bytes()[:-5])
+    server.still_serves()
+    assert len(server.engine.seen) == 1
+
+
+@pytest.fixture(scope="module")
+def patient(protocol: ChatProtocol) -> Iterator[Live]:
+    with serve(ScriptedEngine(protocol), protocol, keep_alive_seconds=0.02) as live:
+        yield live
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/chat/completions", {"messages": USER}), ("/v1/completions", {"prompt": "x"})]
+)
+def test_a_silent_stream_has_headers_at_once_and_comments(patient: Live, path: str, body: dict[str, object]) -> None:
+    patient.engine.gate.clear()
+    with patient.client.stream("POST", path, json={**body, "stream": True}) as response:
+        assert response.status_code == 200
+        seen = ""
+        for text in response.iter_text():
+            seen += text
+            if seen.count(": keep-alive\n\n") >= 3:
+                patient.engine.gate.set()
+    assert seen.endswith("data: [DONE]\n\n")
+    assert ('"role":"assistant"' in seen.split(": keep-alive")[0]) == ("chat" in path)
+
+
+def test_the_server_taking_a_request_back_is_an_error_event(server: Live) -> None:
+    server.engine.gate.clear()
+    body = {"messages": USER, "stream": True}
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        server.engine.wait_until(lambda: server.engine.num_open == 1)
+        server.engine.cancel(server.engine.seen[0].request_id)
+        text = "".join(response.iter_text())
+    assert '"code":"unavailable"' in text
+    assert text.endswith("data: [DONE]\n\n")
+    server.engine.gate.set()
+    server.still_serves()
