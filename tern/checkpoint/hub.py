@@ -12,12 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # whichever client library the hub's own is built on
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -31,6 +30,9 @@ from tern.errors import HubError
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 # Copies in other formats and training states, which some repositories keep in folders.
 IGNORED_FILES = ["*/*"]
+
+# The root of what the client's HTTP library raises, whichever library that is.
+_TRANSPORT_ERROR: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
 
 class _NoProgress(hub_tqdm):
@@ -59,7 +61,7 @@ def download_snapshot(repo_id: str, *, revision: str | None, token: str | None, 
                 tqdm_class=hub_tqdm if progress and sys.stderr.isatty() else _NoProgress,
             )
         )
-    except (OSError, HTTPError, ValueError, RuntimeError) as error:
+    except (OSError, _TRANSPORT_ERROR, ValueError, RuntimeError) as error:
         raise HubError(_explain(error, repo_id, revision)) from error
 
 

@@ -38,10 +38,14 @@ class Repository:
 
 
 class StandInHub:
-    """Serves `repositories` by id until `stop`; `requests` records (method, path, Range header) of every request."""
+    """Serves `repositories` by id until `stop`; `requests` records (method, path, Range header) of every request.
+
+    `page`, once set, answers everything instead, as the log-in pages of some networks do.
+    """
 
     def __init__(self, repositories: dict[str, Repository]) -> None:
         self.repositories = repositories
+        self.page: bytes | None = None
         self.requests: list[tuple[str, str, str | None]] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -74,6 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._handle()
 
     def _handle(self) -> None:
+        if self.hub.page is not None:
+            self._send(self.hub.page, "text/html")
+            return
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         parts = path.strip("/").split("/")
@@ -131,9 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _json(self, value: object) -> None:
-        body = json.dumps(value).encode()
+        self._send(json.dumps(value).encode(), "application/json")
+
+    def _send(self, body: bytes, kind: str) -> None:
         self.send_response(200)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":

@@ -164,6 +164,12 @@ def test_failing_server_is_named_with_its_status(hub: StandInHub) -> None:
         resolve_model(MODEL)
 
 
+def test_endpoint_that_is_no_hub(hub: StandInHub) -> None:
+    hub.page = b"<html>Welcome to this hotel's network!</html>"
+    with pytest.raises(HubError, match=rf"Downloading {MODEL} from {hub.endpoint} broke off"):
+        resolve_model(MODEL)
+
+
 def test_offline_uses_the_cache_or_says_so(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as offline:
         offline.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -237,7 +243,8 @@ def test_the_environment_rules_without_hf_xet(hub: StandInHub, tmp_path: Path) -
         "from tern.errors import HubError\n"
         f"print(resolve_model({MODEL!r}).directory)\n"
     )
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    environment = {**os.environ, **settings}
     environment.pop("HF_HUB_CACHE", None)
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
