@@ -2,7 +2,7 @@
 
 Knows Jinja and the conventions that templates written for transformers rely on. Knows nothing of tokens. A template
 comes with a model, so it is treated as a stranger's program: it sees only immutable values, and its size, its output
-and its time are bounded.
+and its loops' time are bounded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -30,10 +31,8 @@ MAX_TEMPLATE_LENGTH = 1_000_000
 MAX_PROMPT_LENGTH = 64_000_000
 """Characters that a template may write: far above any model's context, far below the machine's memory."""
 MAX_SECONDS = 10.0
-MAX_RANGE = 100_000
 
 _GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
-_TEMPLATE_KWARGS = frozenset({"enable_thinking", "documents"})
 
 
 class ChatTemplate:
@@ -91,10 +90,9 @@ class ChatTemplate:
             "tools": validate_tools(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
+        _deadline.set(time.monotonic() + MAX_SECONDS)
         try:
             return "".join(_bounded(self._template.generate(variables)))
-        except InvalidRequestError:
-            raise
         except _Refused as error:
             raise InvalidRequestError(f"The chat template refuses these messages: {error}", param="messages") from None
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -103,7 +101,7 @@ class ChatTemplate:
             ) from None
 
     def _checked(self, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        allowed = (self.variables | _TEMPLATE_KWARGS) - _GIVEN - _GLOBALS.keys()
+        allowed = (self.variables | {"enable_thinking"}) - _GIVEN - _environment().globals.keys()
         for name, value in template_kwargs.items():
             if name not in allowed:
                 raise InvalidRequestError(
@@ -141,14 +139,31 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Values cannot be changed; attributes that lead into Python cannot be reached; loops have an end."""
+    """Values cannot be changed, attributes that lead into Python cannot be reached, `range` is short, and every loop
+    looks at the clock: a thread cannot be stopped from outside, and a loop need not write anything.
+    """
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, _CLOCKED, [], [], None, None, lineno=loop.lineno)
+        return tree
 
 
-def _bounded_range(*bounds: int) -> range:
-    numbers = range(*bounds)
-    if len(numbers) > MAX_RANGE:
-        raise _Refused(f"range() of {len(numbers)} numbers is over the limit of {MAX_RANGE}")
-    return numbers
+_CLOCKED = "tern_clocked"
+_deadline: ContextVar[float] = ContextVar("_deadline")
+
+
+def _clocked(items: Iterable[Any]) -> Iterator[Any]:
+    """The items of a loop, until the time is up."""
+    for item in items:
+        _look_at_clock()
+        yield item
+
+
+def _look_at_clock() -> None:
+    if time.monotonic() > _deadline.get():
+        raise _Refused(f"it ran longer than {MAX_SECONDS:g} seconds; send fewer or shorter messages")
 
 
 def _raise_exception(message: object) -> None:
@@ -170,32 +185,25 @@ def _to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-_GLOBALS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "range": _bounded_range}
+_GLOBALS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
 
 @cache
 def _environment() -> _Sandbox:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
+    environment.filters.update({"tojson": _to_json, _CLOCKED: _clocked})
     environment.globals.update(_GLOBALS)
     return environment
 
 
-def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+def _bounded(pieces: Iterable[str]) -> Iterator[str]:
     """The template's output as it is written, stopped at the limits of length and time."""
-    deadline = time.monotonic() + MAX_SECONDS
     written = 0
     for piece in pieces:
+        _look_at_clock()
         written += len(piece)
         if written > MAX_PROMPT_LENGTH:
-            raise InvalidRequestError(
-                f"The chat template wrote more than {MAX_PROMPT_LENGTH} characters: send shorter messages.",
-                param="messages",
-            )
-        if time.monotonic() > deadline:
-            raise InvalidRequestError(
-                f"The chat template ran longer than {MAX_SECONDS:g} seconds: send fewer messages.", param="messages"
-            )
+            raise _Refused(f"it wrote more than {MAX_PROMPT_LENGTH} characters; send shorter messages")
         yield piece
 
 

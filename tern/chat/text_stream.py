@@ -147,7 +147,7 @@ class Thought:
         if not self._overdue or _ends_inside_tag(self._tail) or 0 < self._half_character <= _MAX_CHARACTER_TOKENS:
             return ()
         self._closing = True
-        return tuple(self._tokenizer.encode(self._closing_text()))
+        return tuple(self._tokenizer.encode_continuation(self._closing_text()))
 
     def _closing_text(self) -> str:
         if self._control.closing_text is not None:

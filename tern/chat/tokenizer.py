@@ -26,6 +26,8 @@ class Vocabulary(Protocol):
 
     def encode(self, text: str, *, allow_special: bool, add_special_tokens: bool) -> list[int]: ...
 
+    def encode_continuation(self, text: str) -> list[int]: ...
+
     def id_of(self, token: str) -> int | None: ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -87,14 +89,13 @@ class Tokenizer:
         wrote. `add_special_tokens` adds what the checkpoint puts around a text (a begin token, mostly). Raises
         `InvalidRequestError` for text that is not valid Unicode (a lone surrogate).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
-                "send valid Unicode."
-            ) from None
+        _check_unicode(text)
         return self._vocabulary.encode(text, allow_special=allow_special, add_special_tokens=add_special_tokens)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of text that continues other text: a sentencepiece-like tokenizer opens a text with a space."""
+        _check_unicode(text)
+        return self._vocabulary.encode_continuation(text)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True, continuation: bool = False) -> str:
         """The text of `ids`. Bytes that are no UTF-8 become U+FFFD.
@@ -125,8 +126,20 @@ class Tokenizer:
 
 def bad_word_sequences(tokenizer: Tokenizer, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
     """The token sequences that spell each word, at the start of a line and behind a space."""
-    spellings = {tuple(tokenizer.encode(form)) for word in words for form in (word, " " + word.lstrip(" "))}
+    spellings = {
+        tuple(tokenizer.encode_continuation(form)) for word in words for form in (word, " " + word.lstrip(" "))
+    }
     return tuple(sorted(spelling for spelling in spellings if spelling))
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
+            "send valid Unicode."
+        ) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -64,6 +64,13 @@ class JsonVocabulary:
         encoder = self._encoder if allow_special else self._plain_encoder
         return list(encoder.encode(text, add_special_tokens=add_special_tokens).ids)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of text that stands behind other text: an added token in front keeps the opening space away."""
+        if not self.strips_leading_space or not self._added:
+            return self.encode(text, allow_special=True, add_special_tokens=False)
+        anchor = next(iter(self._added.values()))
+        return self.encode(anchor + text, allow_special=True, add_special_tokens=False)[1:]
+
     def id_of(self, token: str) -> int | None:
         """The id of one token by its text."""
         found: int | None = self._encoder.token_to_id(token)
@@ -103,7 +110,8 @@ class SentencePieceVocabulary:
             self._ids.setdefault(model.id_to_piece(index), index)
         self.special_ids = frozenset(control | {index for index, (_, special) in added.items() if special})
         self.size = max(model.piece_size(), max(self._added, default=-1) + 1)
-        self.strips_leading_space = model.encode("a", out_type=str)[0].startswith(_META_SPACE)
+        first = str(model.id_to_piece(model.encode("a")[0]))
+        self.strips_leading_space = first.startswith(_META_SPACE)
         self.names = {
             name: model.id_to_piece(index)
             for name, index in (
@@ -120,13 +128,19 @@ class SentencePieceVocabulary:
         """The ids of `text`: added tokens are cut out first, the model encodes what stands between them."""
         bos = self._model.bos_id()
         ids = [bos] if add_special_tokens and bos >= 0 else []
-        splitter = self._splitter if allow_special else self._plain_splitter
-        parts = splitter.split(text) if splitter is not None else [text]
-        for number, part in enumerate(parts):
+        return ids + self._encode(text, self._splitter if allow_special else self._plain_splitter, self._model)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of text that stands behind other text: without the space that opens a text."""
+        return self._encode(text, self._splitter, self._inner)
+
+    def _encode(self, text: str, splitter: re.Pattern[str] | None, first: Any) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(splitter.split(text) if splitter is not None else [text]):
             if number % 2:
                 ids.append(self._ids[part])
             elif part:
-                ids += (self._inner if number else self._model).encode(part)
+                ids += (self._inner if number else first).encode(part)
         return ids
 
     def id_of(self, token: str) -> int | None:
@@ -159,8 +173,8 @@ def _decoder_kinds(decoder: Mapping[str, Any] | None) -> list[tuple[str, Mapping
 
 def _strips(kind: str, options: Mapping[str, Any]) -> bool:
     if kind == "Metaspace":
-        return options.get("prepend_scheme", "always") != "never"
-    return kind == "Strip" and options.get("content") == " " and int(options.get("start", 0)) > 0
+        return bool(options.get("prepend_scheme", "always") != "never")
+    return kind == "Strip" and options.get("content") == " " and bool(options.get("start"))
 
 
 def _piece_bytes(piece: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -58,7 +59,8 @@ ROWS = [
     ('abc\n</think>\n\n<tool_call>\n{"na', message("abc")),
     ('abc\n</think>\n\n<tool_call>\n{"name": "f", "argu', message("abc", None, ("f", ""))),
     (
-        'abc\n</think>\n\n<tool_call>\n{"name": "f", "arguments": "{\\"x\\": \\"\\\\u4f60 \\ud83d\\ude00\\"}"}\n</tool_call>\n',
+        "abc\n</think>\n\n<tool_call>\n"
+        '{"name": "f", "arguments": "{\\"x\\": \\"\\\\u4f60 \\ud83d\\ude00\\"}"}\n</tool_call>\n',
         message("abc", None, ("f", '{"x": "\\u4f60 😀"}')),
     ),
 ]
@@ -281,7 +283,7 @@ states = st.sampled_from([ParserState.REASONING, ParserState.BETWEEN, ParserStat
 
 def split_at(text: str, cuts: list[int]) -> list[str]:
     places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
 @settings(deadline=None, derandomize=True, max_examples=600)
