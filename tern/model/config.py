@@ -88,12 +88,13 @@ class ErnieConfig:
             raise UnsupportedConfigError(f"A config.json must hold one JSON object, but this one holds {_shown(raw)}.")
         architecture = _architecture(raw)
         reader = _Reader(raw)
+        trunk = _read_trunk(reader)
         fields = {
             "architecture": architecture,
-            **_read_trunk(reader),
-            **_read_attention(reader),
-            **(_read_experts(reader) if architecture == "moe" else _NO_EXPERTS),
-            **_read_tokens(reader),
+            **trunk,
+            **_read_attention(reader, trunk["hidden_size"]),
+            **(_read_experts(reader, trunk["num_hidden_layers"]) if architecture == "moe" else _NO_EXPERTS),
+            **_read_tokens(reader, trunk["vocab_size"]),
         }
         for key, only in _ONLY_SUPPORTED.items():
             if raw.get(key) not in (None, only):
@@ -163,16 +164,14 @@ def _read_trunk(reader: _Reader) -> dict[str, Any]:
     }
 
 
-def _read_attention(reader: _Reader) -> dict[str, Any]:
+def _read_attention(reader: _Reader, hidden_size: int) -> dict[str, Any]:
     """Heads and their width. Absent, `head_dim` is hidden size / heads and `num_key_value_heads` is one per head."""
     heads = reader.integer("num_attention_heads", 1, MAX_HEADS)
     kv_heads = reader.integer("num_key_value_heads", 1, MAX_HEADS, default=heads)
     if heads and kv_heads and heads % kv_heads:
         reader.problem(f"num_attention_heads is {heads}: it must be a multiple of num_key_value_heads, {kv_heads}")
-    hidden_size = reader.raw.get("hidden_size")
-    if reader.raw.get("head_dim") is not None or not heads or not isinstance(hidden_size, int):
-        head_dim = reader.integer("head_dim", 2, MAX_HEAD_DIM, default=2)
-    else:
+    head_dim = reader.integer("head_dim", 2, MAX_HEAD_DIM, default=0)
+    if reader.raw.get("head_dim") is None and hidden_size and heads:
         head_dim = hidden_size // heads
         if hidden_size % heads:
             reader.problem(f"hidden_size is {hidden_size}: without head_dim it must be a multiple of the {heads} heads")
@@ -210,9 +209,8 @@ def _read_rope_theta(reader: _Reader) -> float:
     return thetas.pop() if thetas else 500000.0
 
 
-def _read_experts(reader: _Reader) -> dict[str, Any]:
+def _read_experts(reader: _Reader, num_layers: int) -> dict[str, Any]:
     """The routed and shared experts and which layers have them."""
-    last_layer = max(reader.peek("num_hidden_layers", 1) - 1, 0)
     experts = reader.integer("moe_num_experts", 1, MAX_EXPERTS, alias="num_experts")
     chosen = reader.integer("moe_k", 1, MAX_EXPERTS, alias="num_experts_per_tok")
     if experts and chosen > experts:
@@ -224,15 +222,15 @@ def _read_experts(reader: _Reader) -> dict[str, Any]:
         "moe_intermediate_size": reader.integer("moe_intermediate_size", 1, MAX_WIDTH),
         "moe_num_shared_experts": reader.integer("moe_num_shared_experts", 0, MAX_SHARED_EXPERTS, default=2),
         "moe_layer_start_index": reader.integer("moe_layer_start_index", 0, MAX_LAYERS, default=1),
-        "moe_layer_end_index": last_layer if end == -1 else end,
+        "moe_layer_end_index": num_layers - 1 if end == -1 else end,
         "moe_layer_interval": reader.integer("moe_layer_interval", 1, MAX_LAYERS, default=1),
         "moe_norm_min": reader.number("moe_norm_min", 0.0, 1e6, default=1e-12),
     }
 
 
-def _read_tokens(reader: _Reader) -> dict[str, Any]:
+def _read_tokens(reader: _Reader, vocab_size: int) -> dict[str, Any]:
     """The special token ids; null means that there is none."""
-    last_token = max(reader.peek("vocab_size", MAX_VOCAB_SIZE) - 1, 0)
+    last_token = (vocab_size or MAX_VOCAB_SIZE) - 1
     eos = reader.raw.get("eos_token_id", min(2, last_token))
     listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if len(listed) > MAX_EOS_TOKENS:
@@ -248,7 +246,8 @@ def _read_tokens(reader: _Reader) -> dict[str, Any]:
 class _Reader:
     """Takes typed values out of a raw config and collects what is wrong with them.
 
-    After a problem the value returned is a harmless stand-in within the range, so that reading goes on to the next key.
+    After a problem the value returned is 0 (or False, or None): reading goes on to the next key, and what compares two
+    values stays silent about a pair of which one was wrong by itself.
     """
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
@@ -258,11 +257,6 @@ class _Reader:
     def problem(self, sentence: str) -> None:
         self.problems.append(sentence)
 
-    def peek(self, key: str, fallback: int) -> int:
-        """`key` if it is a plain integer at all; its own reading reports it if it is not."""
-        value = self.raw.get(key)
-        return value if isinstance(value, int) and not isinstance(value, bool) else fallback
-
     def integer(self, key: str, low: int, high: int, *, default: int | None = None, alias: str | None = None) -> int:
         """A whole number from `low` to `high`; null counts as absent. `alias` is a newer name of the same key."""
         value = self.raw.get(key)
@@ -271,7 +265,7 @@ class _Reader:
         if value is None:
             if default is None:
                 self.problem(f"{key} is missing: give a whole number from {low} to {high}")
-                return low
+                return 0
             return default
         return self.checked_integer(key, value, low, high)
 
@@ -279,7 +273,7 @@ class _Reader:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             hint = " (a list, one per modality, belongs to the multimodal family)" if isinstance(value, list) else ""
             self.problem(f"{key} is {_shown(value)}: it must be a whole number from {low} to {high}{hint}")
-            return low
+            return 0
         return value
 
     def number(self, key: str, low: float, high: float, *, default: float) -> float:
@@ -292,7 +286,7 @@ class _Reader:
         # `float()` of a huge JSON integer overflows, so the range is asked before any conversion.
         if not is_number or not low < value <= high or not math.isfinite(value):  # type: ignore[operator, arg-type]
             self.problem(f"{key} is {_shown(value)}: it must be a number above {low:g} and at most {high:g}")
-            return high
+            return 0.0
         return float(value)  # type: ignore[arg-type]
 
     def boolean(self, key: str, *, default: bool) -> bool:
