@@ -1,0 +1,166 @@
+"""The engine on the real network with random weights: the same greedy answer however it is computed."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from engine_fakes import add, run
+
+from tern.engine import Engine, EngineOptions, FinishReason
+from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, parameter_shapes
+
+VOCAB = 320
+LENGTH = 160
+ANSWER = 24
+EOS = 2
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": LENGTH,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "use_bias": False,
+}
+EXPERTS = {
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": 32,
+    "moe_num_shared_experts": 2,
+    "moe_layer_start_index": 1,
+    "moe_layer_end_index": -1,
+    "moe_layer_interval": 1,
+    "moe_norm_min": 1e-12,
+}
+PROMPTS = [
+    [5, 6, 7],
+    list(range(10, 60)),
+    [*range(10, 58), 7, 7, 9],
+    [9],
+    [(number * 37) % 300 + 3 for number in range(100)],
+]
+
+
+@lru_cache
+def network(architecture: str) -> ErnieModel:
+    """A network of random float32 weights, large enough for answers that vary."""
+    moe = architecture == "moe"
+    config = ErnieConfig.from_dict(
+        {**SMALL, "model_type": "ernie4_5_moe", **EXPERTS} if moe else {**SMALL, "model_type": "ernie4_5"}
+    )
+    generator = torch.Generator().manual_seed(13)
+    tensors = {}
+    for name, shape in parameter_shapes(config).items():
+        if name.startswith("mtp."):
+            continue
+        noise = torch.randn(shape, generator=generator)
+        if name.endswith("norm"):
+            tensors[name] = 1 + 0.1 * noise
+        elif name == "embed" or len(shape) == 1:
+            tensors[name] = 0.05 * noise  # small, or a tied head would mostly repeat the last token
+        else:
+            tensors[name] = 3 * noise / shape[-1] ** 0.5
+    return ErnieModel(config, tensors)
+
+
+@lru_cache
+def plain_answer(architecture: str, number: int) -> list[int]:
+    """Greedy tokens with no engine: the whole text through the network, from scratch, for every token."""
+    model, tokens = network(architecture), list(PROMPTS[number])
+    for _ in range(ANSWER):
+        count = len(tokens)
+        kv = KVCache.allocate(model.config, num_blocks=1, block_size=count, dtype=model.dtype, device=model.device)
+        everything = torch.arange(count)
+        batch = Batch(
+            token_ids=torch.tensor(tokens),
+            positions=everything,
+            slots=everything,
+            query_starts=torch.tensor([0, count]),
+            context_lens=torch.tensor([count]),
+            block_tables=torch.zeros(1, 1, dtype=torch.int64),
+            logit_rows=torch.tensor([count - 1]),
+            max_query_len=count,
+            max_context_len=count,
+        )
+        logits = model.logits(model.hidden(batch, kv)[-1:])
+        assert logits.isfinite().all()
+        tokens.append(int(logits.argmax()))
+    return tokens[len(PROMPTS[number]) :]
+
+
+def build(architecture: str, **options: Any) -> Engine:
+    values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 60, **options}
+    return Engine(network(architecture), {EOS}, EngineOptions.from_keywords(**values))
+
+
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_num_seqs": 1},
+        {"max_num_seqs": 8, "max_num_batched_tokens": 9},
+        {"max_num_batched_tokens": 2048, "block_size": 5},
+        {"enable_prefix_caching": False},
+        {"num_kv_blocks": 33, "max_model_len": 130, "block_size": 4, "max_num_batched_tokens": 17},
+    ],
+    ids=["plenty", "one by one", "small chunks", "odd blocks", "no prefix cache", "preempted"],
+)
+def test_greedy_output_is_the_networks_own(architecture: str, options: dict[str, Any]) -> None:
+    engine = build(architecture, **options)
+    for state in ("cold", "warm"):
+        sinks = [
+            add(engine, f"{state} {number}", prompt, max_tokens=ANSWER, ignore_eos=True)
+            for number, prompt in enumerate(PROMPTS)
+        ]
+        run(engine)
+        for number, sink in enumerate(sinks):
+            assert sink.ids == plain_answer(architecture, number)
+            assert sink.end.reason is FinishReason.LENGTH
+    assert (engine.stats().preemptions > 0) == (options.get("num_kv_blocks") == 33)
+    assert (engine.stats().prefix_hit_tokens > 0) == engine.options.enable_prefix_caching
+
+
+def test_the_answers_are_worth_comparing() -> None:
+    answers = [
+        plain_answer(architecture, number) for architecture in ("dense", "moe") for number in range(len(PROMPTS))
+    ]
+    assert len({tuple(answer) for answer in answers}) == len(answers)
+    assert all(len(set(answer)) > 15 for answer in answers), "a network that repeats itself would hide mistakes"
+
+
+def test_a_seeded_request_draws_the_same_alone_and_among_others() -> None:
+    fields: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "seed": 5, "max_tokens": ANSWER, "ignore_eos": True}
+    alone = []
+    for number, prompt in enumerate(PROMPTS):
+        engine = build("moe")
+        alone.append(add(engine, str(number), prompt, **fields))
+        run(engine)
+    engine = build("moe", max_num_batched_tokens=30)
+    together = [add(engine, str(number), prompt, **fields) for number, prompt in enumerate(PROMPTS)]
+    run(engine)
+    assert [sink.ids for sink in together] == [sink.ids for sink in alone]
+
+
+def test_damaged_weights_end_requests_with_a_sentence() -> None:
+    sound = network("dense")
+    tensors = {name: torch.full(shape, float("nan")) for name, shape in parameter_shapes(sound.config).items()}
+    engine = Engine(ErnieModel(sound.config, tensors), {EOS}, EngineOptions())
+    sink = add(engine, "lost", [5, 6])
+    run(engine)
+    assert sink.end.reason is FinishReason.ERROR
+    assert sink.end.message is not None
+    assert "finite" in sink.end.message
