@@ -91,7 +91,7 @@ class ResponseParser:
         self._separate_thoughts = False  # a second thought begins: it goes on a line of its own
         self._reasoned = False
         self._response_open = False  # a call stands where a response's text was expected: </response> may still come
-        self._content_open = False  # content has been said, and no call since
+        self._content_open = start is ParserState.BARE  # content has been said, and no call since
         self._newlines = 0  # newlines read behind content, said only if more content follows
         self._raw = False  # inside a call that turned out to be text: another <tool_call> in it is text too
         self._num_calls = 0
