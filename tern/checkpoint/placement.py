@@ -126,30 +126,27 @@ def _check_cover(
     """Every canonical tensor must be filled, and no part of it twice."""
     filled: dict[str, dict[_Cell, str]] = defaultdict(dict)
     for candidate in candidates:
-        match = candidate.match
-        for cell in sorted(_cells(match, shapes[match.target]), key=str):
-            earlier = filled[match.target].setdefault(cell, candidate.entry.name)
-            if earlier != candidate.entry.name:
-                problems.add("stored twice", f"{candidate.entry.name}: {earlier} already gives {match.target}")
-                break
-    excused: dict[str, set[_Cell]] = defaultdict(set)
+        target = candidate.match.target
+        cells = _cells(candidate.match, shapes[target])
+        if rivals := [filled[target][cell] for cell in cells if cell in filled[target]]:
+            problems.add("stored twice", f"{target} comes from {min(rivals)} and from {candidate.entry.name}; keep one")
+        filled[target] |= dict.fromkeys(cells, candidate.entry.name)
     for match in lost:
         if match.target in shapes:
-            excused[match.target] |= _cells(match, shapes[match.target])
-    has_mtp = any(target.startswith("mtp.") for target in {*filled, *excused})
+            filled[match.target] |= dict.fromkeys(_cells(match, shapes[match.target]), "an unreadable file")
+    has_mtp = any(target.startswith("mtp.") for target in filled)
     for target, shape in shapes.items():
-        if target.startswith("mtp.") and not has_mtp:
-            continue
-        experts = range(shape[0]) if has_experts(target) else (None,)
-        absent = [
-            usual_name(target, part, expert)
-            for expert in experts
-            for part in parts_of(target)
-            if (expert, part) not in filled[target] and (expert, part) not in excused[target]
-        ]
-        if absent and target not in OPTIONAL_PARAMETERS:
-            others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            problems.add("missing", f"{absent[0]}{others}, needed for {target} {list(shape)}")
+        if target not in OPTIONAL_PARAMETERS and (has_mtp or not target.startswith("mtp.")):
+            _check_filled(target, shape, filled[target], problems)
+
+
+def _check_filled(target: str, shape: Shape, filled: Mapping[_Cell, str], problems: Problems) -> None:
+    """Report the parts of a canonical tensor that nothing fills, under the names that PT checkpoints give them."""
+    experts: Iterable[int | None] = range(shape[0]) if has_experts(target) else (None,)
+    absent = [(part, expert) for expert in experts for part in parts_of(target) if (expert, part) not in filled]
+    if absent:
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        problems.add("missing", f"{usual_name(target, *absent[0])}{others}, needed for {target} {list(shape)}")
 
 
 def _is_transposed(candidates: Iterable[_Candidate]) -> bool:
