@@ -12,14 +12,6 @@ if TYPE_CHECKING:
     from tern.engine import EngineStats, Request
 
 
-class Limits(Protocol):
-    """What is fixed for the life of an engine."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt and answer together, in tokens."""
-
-
 class EngineDoor(Protocol):
     """An engine on a thread of its own. Every method may be called from any thread and returns at once."""
 
@@ -28,8 +20,8 @@ class EngineDoor(Protocol):
         """starting, ready, draining, failed or stopped."""
 
     @property
-    def engine(self) -> Limits:
-        """The engine's unchanging properties."""
+    def max_model_len(self) -> int:
+        """Longest prompt and answer together, in tokens."""
 
     def start(self) -> None:
         """Begin to serve."""

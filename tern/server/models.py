@@ -36,5 +36,5 @@ def _card(state: AppState) -> JsonObject:
         "owned_by": "tern",
         "root": state.model.name,
         "parent": None,
-        "max_model_len": state.engine.engine.max_model_len,
+        "max_model_len": state.engine.max_model_len,
     }

@@ -45,7 +45,7 @@ def _tokenize(state: AppState, request: TokenizeRequest) -> JsonObject:
     else:
         kwargs = request.chat_template_kwargs or {}
         ids = list(state.protocol.prompt(request.messages or [], tools=request.tools, template_kwargs=kwargs).token_ids)
-    answer: JsonObject = {"count": len(ids), "max_model_len": state.engine.engine.max_model_len, "tokens": ids}
+    answer: JsonObject = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": ids}
     if request.return_token_strs:
         answer["token_strs"] = [token_name(state.protocol.tokenizer, token_id) for token_id in ids]
     return answer

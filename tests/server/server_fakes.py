@@ -103,10 +103,6 @@ class ScriptedEngine:
         self._ended = False
 
     @property
-    def engine(self) -> ScriptedEngine:
-        return self
-
-    @property
     def num_open(self) -> int:
         return len(self._open)
 
@@ -264,6 +260,50 @@ class Live:
         """An ordinary request succeeds, and nothing is left behind."""
         assert self.chat()["choices"][0]["message"]["content"] == "Hello, 你好!\n\nHow are you?"
         assert self.engine.num_open == 0
+
+
+def rebuild(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
+    """What a client makes of the chunks of one choice: the whole answer's choice."""
+    message: dict[str, Any] = {"role": None, "content": None, "reasoning_content": None, "reasoning": None}
+    calls: list[dict[str, Any]] = []
+    choice: dict[str, Any] = {"index": index, "message": message, "logprobs": None}
+    for chunk in chunks:
+        for part in chunk["choices"]:
+            if part["index"] != index:
+                continue
+            _add_delta(message, calls, part["delta"])
+            if part["logprobs"]:
+                choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
+                choice["logprobs"]["content"] += part["logprobs"]["content"]
+            if "token_ids" in part:
+                choice.setdefault("token_ids", []).extend(part["token_ids"])
+            if part["finish_reason"] is not None:
+                assert "finish_reason" not in choice, "a choice ends once"
+                choice |= {"finish_reason": part["finish_reason"], "stop_reason": part["stop_reason"]}
+    if calls:
+        message["tool_calls"] = calls
+    message["content"] = message["content"] or None
+    return choice
+
+
+def _add_delta(message: dict[str, Any], calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    for name in ("role", "content", "reasoning_content", "reasoning"):
+        if name in delta:
+            assert delta[name] is not None
+            message[name] = (message[name] or "") + delta[name]
+    for piece in delta.get("tool_calls", ()):
+        if "id" in piece:
+            assert piece["index"] == len(calls), "calls are numbered in order"
+            function = {"name": piece["function"]["name"], "arguments": ""}
+            calls.append({"id": piece["id"], "type": piece["type"], "function": function})
+        calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+
+
+def without_ids(choice: dict[str, Any]) -> dict[str, Any]:
+    """A choice without the random ids of its calls."""
+    for call in choice["message"].get("tool_calls", ()):
+        assert call.pop("id")
+    return choice
 
 
 def identity(name: str = "tern-test", **defaults: Any) -> Any:
