@@ -24,8 +24,8 @@ def validate_messages(messages: object) -> list[Message]:
 
     In the result: `content` is text (None only for an assistant turn without any); `developer` is `system`, and system
     messages that follow one another are one, joined by a blank line; a thought is `reasoning_content`; the arguments
-    of a tool call are an object. Unknown keys of a message are left out. A tool's result must answer a call of an
-    earlier turn, each call once.
+    of a tool call are an object, or the text that a model wrote in place of one. Unknown keys of a message are left
+    out. A tool's result must answer a call of an earlier turn, each call once.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise InvalidRequestError(
@@ -154,17 +154,19 @@ def _call(raw: object, path: str, open_calls: set[str]) -> Message:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def _arguments(value: object, path: str) -> Mapping[str, Any]:
-    """A call's arguments as an object; they come as JSON text or, from some clients, as the object itself."""
+def _arguments(value: object, path: str) -> Mapping[str, Any] | str:
+    """A call's arguments as an object; they come as JSON text or, from some clients, as the object itself.
+
+    Text that is no JSON object stays as it is: a model wrote it, cut off or wrong, and is to see what it wrote.
+    """
     if value is None or value == "":
         return {}
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            parsed = json.loads(value)
         except (ValueError, RecursionError):
-            raise InvalidRequestError(
-                f"{path} is not JSON: {_shown(value)}; send the arguments as the JSON text of an object.", param=path
-            ) from None
+            return value
+        return parsed if isinstance(parsed, dict) else value
     if not isinstance(value, Mapping):
         raise InvalidRequestError(f"{path} is {_kind(value)}: it must be the JSON text of an object.", param=path)
     return value

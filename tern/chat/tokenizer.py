@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from tern.chat.detokenizer import Detokenizer
 from tern.chat.parser import PROTOCOL_TAGS
+from tern.chat.vocabularies import JsonVocabulary, SentencePieceVocabulary
 from tern.errors import CheckpointError, InvalidRequestError
 
 
@@ -55,8 +56,6 @@ class Tokenizer:
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
         """Open the tokenizer in a checkpoint's directory. Raises `CheckpointError` when it has none that Tern reads."""
-        from tern.chat.vocabularies import JsonVocabulary, SentencePieceVocabulary
-
         directory = Path(path)
         config = _read_json(directory / "tokenizer_config.json")
         names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}

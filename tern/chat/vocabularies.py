@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,13 @@ class JsonVocabulary:
 
     def __init__(self, path: Path) -> None:
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(raw))
-            self._plain_encoder = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            text = path.read_text(encoding="utf-8")
+            raw = json.loads(text)
+            self._encoder = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises bare Exception for every fault of a file
             raise CheckpointError(f"{path} is not a tokenizer that can be read ({error}): download it again.") from None
-        for encoder in (self._encoder, self._plain_encoder):
-            encoder.no_truncation()
-            encoder.no_padding()
-        self._plain_encoder.encode_special_tokens = True
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
         kinds = list(_decoder_kinds(raw.get("decoder")))
         unknown = [kind for kind, _ in kinds if kind not in _DECODERS]
         if unknown or not kinds:
@@ -58,6 +57,13 @@ class JsonVocabulary:
         self.strips_leading_space = any(_strips(kind, options) for kind, options in kinds)
         self.special_ids = frozenset(token["id"] for token in raw.get("added_tokens") or [] if token.get("special"))
         self.size = max(chain(self._encoder.get_vocab(with_added_tokens=True).values(), [-1])) + 1
+
+    @cached_property
+    def _plain_encoder(self) -> tokenizers.Tokenizer:
+        """The same, reading control tokens as text."""
+        encoder = tokenizers.Tokenizer.from_str(self._encoder.to_str())
+        encoder.encode_special_tokens = True
+        return encoder
 
     def encode(self, text: str, *, allow_special: bool, add_special_tokens: bool) -> list[int]:
         """The ids of `text`."""

@@ -23,6 +23,7 @@ from tern.chat import (
     parse_response,
     state_after_prompt,
 )
+from tern.chat.json_scanner import JsonScanner
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g", "get_weather")]
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
@@ -351,6 +352,31 @@ def test_arguments_come_out_as_they_went_in_and_every_prefix_is_one_of_the_whole
     assert got.content is None
     assert json.loads(got.tool_calls[0].arguments) == arguments
     assert parse_response(text, TOOLS) == got
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(text=calls)
+def test_streamed_arguments_are_always_the_beginning_of_one_object(text):
+    parser = ResponseParser(TOOLS)
+    scanners: dict[int, JsonScanner] = {}
+    for event in [event for char in text for event in parser.feed(char)] + parser.finish():
+        if isinstance(event, ToolCallDelta) and event.arguments:
+            scanner = scanners.setdefault(event.index, JsonScanner())
+            assert scanner.scan(event.arguments) == len(event.arguments)
+            assert not scanner.failed
+    whole = parse_response(text, TOOLS)
+    assert all(call.arguments[:1] in ("", "{") for call in whole.tool_calls)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(text=texts)
+def test_bare_text_is_released_but_for_newlines_and_what_could_be_a_tag(text):
+    text = "x" + text.replace("<tool_call>", "").replace("</tool_call>", "")
+    parser = ResponseParser(TOOLS, start=ParserState.BARE)
+    said = "".join(event.text for char in text for event in parser.feed(char))
+    held = text[len(said) :].lstrip("\n")
+    assert text.startswith(said)
+    assert held == "" or any(tag.startswith(held) for tag in ("<tool_call>", "</tool_call>"))
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
