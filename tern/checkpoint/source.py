@@ -47,7 +47,11 @@ def embedded_model_directory() -> Path:
 
 
 def resolve_model(
-    model: str | None, *, revision: str | None = None, token: str | None = None, progress: bool = True
+    model: str | os.PathLike[str] | None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    progress: bool = True,
 ) -> ModelSource:
     """Find the model that `model` names, downloading it if it is a hub id, and read its configuration.
 
@@ -59,6 +63,7 @@ def resolve_model(
     Tern does not run that network, `HubError` if it cannot be downloaded, `OptionError` for a revision that does not
     apply.
     """
+    model = None if model is None else os.fspath(model)
     if model is not None and model.startswith(DUMMY_PREFIX):
         source = _synthetic_source(model)
     elif model is None:

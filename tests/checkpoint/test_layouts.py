@@ -298,6 +298,7 @@ def test_every_parameter_has_a_name_in_files_that_leads_back_to_it(preset: str) 
 class TestMemory:
     """Tensors that are canonical in the file are used where they are mapped, and no second copy is ever made."""
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts mappings on Linux only")
     def test_loading_fits_beside_the_mapped_file_with_little_to_spare(self, tmp_path: Path) -> None:
         """80 MB of experts, one by one in the file, under a limit that fits the file, one model and 30 MB.
 

@@ -22,6 +22,7 @@ def test_directory(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = resolve_model(str(directory))
     assert (source.name, source.directory, source.synthetic_seed) == ("小燕鸥", directory, None)
     assert source.config.architecture == "dense"
+    assert resolve_model(directory) == source
     monkeypatch.chdir(directory)
     assert resolve_model(".").name == "小燕鸥"
     monkeypatch.setenv("HOME", str(directory.parent))
