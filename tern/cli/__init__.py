@@ -1,4 +1,4 @@
-"""The command line: one file a subcommand. Knows options and terminals; what is heavy is imported when a command runs."""
+"""The command line: one file a subcommand. Knows options and terminals; heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
