@@ -262,6 +262,8 @@ class LLM:
         tools: list[dict[str, Any]] | None,
         template_kwargs: dict[str, Any] | None,
     ) -> _Job:
+        if params.reasoning_max_tokens == 0:
+            template_kwargs = {**(template_kwargs or {}), "enable_thinking": False}
         prompt = self._protocol.prompt(messages, tools=tools, template_kwargs=template_kwargs)
         return self._job(prompt.text, prompt.token_ids, params, chat=prompt, tools=tools)
 

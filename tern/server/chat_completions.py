@@ -69,7 +69,7 @@ def _thought_limit(request: ChatRequest) -> int | None:
 def _render(state: AppState, request: ChatRequest) -> RenderedPrompt:
     validate_tools(request.tools)  # also where tool_choice keeps them from the model
     kwargs: dict[str, Any] = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort == "none":
+    if _thought_limit(request) == 0:
         kwargs["enable_thinking"] = False
     return state.protocol.prompt(request.messages, tools=request.offered_tools, template_kwargs=kwargs)
 
