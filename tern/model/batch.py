@@ -11,6 +11,8 @@ fill the first `context_lens[s]` slots of the blocks that `block_tables[s]` list
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -65,4 +67,12 @@ class KVCache:
         """Reserve `num_blocks` blocks of `block_size` tokens for every layer of the decoder, or for `num_layers`."""
         layers = config.num_hidden_layers if num_layers is None else num_layers
         shape = (layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+        return cls(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on the CPU in pages that the system maps when first written, so that a cache costs what it has held."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
