@@ -23,6 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tern.chat.config_files import read_object, token_text
 from tern.chat.messages import validate_messages
 from tern.chat.tools import validate_tools
 from tern.errors import CheckpointError, InvalidRequestError
@@ -61,8 +62,8 @@ class ChatTemplate:
         the built-in layout.
         """
         directory = Path(path)
-        config = _read_config(directory / "tokenizer_config.json")
-        tokens = {key: text for key, value in config.items() if key.endswith("_token") and (text := _text_of(value))}
+        config = read_object(directory / "tokenizer_config.json")
+        tokens = {key: text for key, value in config.items() if key.endswith("_token") and (text := token_text(value))}
         file = directory / "chat_template.jinja"
         if file.is_file():
             return cls(file.read_text(encoding="utf-8"), special_tokens=tokens)
@@ -205,22 +206,6 @@ def _bounded(pieces: Iterable[str]) -> Iterator[str]:
         if written > MAX_PROMPT_LENGTH:
             raise _Refused(f"it wrote more than {MAX_PROMPT_LENGTH} characters; send shorter messages")
         yield piece
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from None
-    return value if isinstance(value, dict) else {}
-
-
-def _text_of(value: object) -> str | None:
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
 
 
 def _named(template: object) -> str | None:

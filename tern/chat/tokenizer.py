@@ -7,11 +7,11 @@ nothing else), and which tokens are control tokens. Knows nothing of messages or
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from tern.chat.config_files import read_object, token_text
 from tern.chat.detokenizer import Detokenizer
 from tern.chat.parser import PROTOCOL_TAGS
 from tern.chat.vocabularies import JsonVocabulary, SentencePieceVocabulary
@@ -57,12 +57,12 @@ class Tokenizer:
     def from_directory(cls, path: str | Path) -> Tokenizer:
         """Open the tokenizer in a checkpoint's directory. Raises `CheckpointError` when it has none that Tern reads."""
         directory = Path(path)
-        config = _read_json(directory / "tokenizer_config.json")
-        names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+        config = read_object(directory / "tokenizer_config.json")
+        names = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
         if (directory / "tokenizer.json").is_file():
             return cls(JsonVocabulary(directory / "tokenizer.json"), names=names)
         if (directory / "tokenizer.model").is_file():
-            added = _added_tokens(config, _read_json(directory / "added_tokens.json"))
+            added = _added_tokens(config, read_object(directory / "added_tokens.json"))
             vocabulary = SentencePieceVocabulary(directory / "tokenizer.model", added)
             return cls(vocabulary, names={**vocabulary.names, **{k: v for k, v in names.items() if v}})
         raise CheckpointError(f"{directory} has neither tokenizer.json nor tokenizer.model: text cannot be read.")
@@ -141,30 +141,11 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object: download it again.")
-    return value
-
-
-def _token_text(value: object) -> str | None:
-    """A token in a tokenizer's configuration: text, or an object whose `content` is the text."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
 def _added_tokens(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """Tokens beside a sentencepiece model: id -> (text, whether it is a control token)."""
     tokens = {index: (text, True) for text, index in added.items() if isinstance(index, int)}
     for index, entry in (config.get("added_tokens_decoder") or {}).items():
-        text = _token_text(entry)
+        text = token_text(entry)
         if str(index).isdigit() and text:
             tokens[int(index)] = (text, bool(entry.get("special", False)) if isinstance(entry, Mapping) else False)
     return tokens

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tern.chat.json_scanner import MAX_DEPTH, JsonScanner, JsonStringDecoder
 
-property_test = settings(deadline=None, derandomize=True, max_examples=500)
+property_test = settings(deadline=None, derandomize=True, max_examples=300)
 FRAGMENTS = [
     *'{}[]",:-+.eE0123 \n\t\\/u',
     "true",

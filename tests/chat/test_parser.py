@@ -286,7 +286,7 @@ def split_at(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
-@settings(deadline=None, derandomize=True, max_examples=600)
+@settings(deadline=None, derandomize=True, max_examples=400)
 @given(
     text=texts | calls,
     cuts=st.lists(st.integers(0, 120), max_size=12),
@@ -399,10 +399,10 @@ def test_a_call_that_is_accepted_whole_is_what_json_reads(parts):
         assert call.arguments == "" or call.arguments.lstrip().startswith("{")
 
 
-def test_several_megabytes_cost_linear_time():
-    """Work is counted, not timed: pieces held between two feeds stay small, whatever was fed before."""
+def test_a_long_text_character_by_character():
+    """What is looked at again at the next feed stays smaller than a tag, however much was fed: linear work."""
     rng = random.Random(5)
-    long = "".join(rng.choice(["word ", "\n", "<b>", "</", "你", "\n\n"]) for _ in range(60_000))
+    long = "".join(rng.choice(["word ", "\n", "<b>", "</", "你", "\n\n"]) for _ in range(20_000))
     body = json.dumps({"name": "f", "arguments": {"text": long, "list": list(range(5_000))}}, ensure_ascii=False)
     text = f"{long}\n</think>\n\n<response>\n{long}.\n</response>\n\n<tool_call>\n{body}\n</tool_call>\n"
     whole = parse_response(text, TOOLS)

@@ -15,7 +15,7 @@ from tern.chat.stop_strings import StopStrings
 from tern.chat.text_stream import CLOSE_THOUGHT, CLOSING_SENTENCE
 
 property_test = settings(
-    deadline=None, derandomize=True, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, derandomize=True, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
