@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tern.errors import (
     EngineUnavailableError,
@@ -123,5 +124,34 @@ def install_error_handlers(app: FastAPI, refused: Callable[[int], None]) -> None
         refused(found.status)
         return found.response()
 
-    for kind in (TernError, HTTPException, Exception):
+    for kind in (TernError, HTTPException):
         app.add_exception_handler(kind, answer)
+    app.add_middleware(_UnexpectedErrors, refused=refused)
+
+
+class _UnexpectedErrors:
+    """Answers what no route expected.
+
+    Starlette's own handler answers too, but raises the error again, whereupon uvicorn drops the connection.
+    """
+
+    def __init__(self, app: ASGIApp, refused: Callable[[int], None]) -> None:
+        self._app = app
+        self._refused = refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if started:
+                raise
+            found = answer_for(error)
+            self._refused(found.status)
+            await found.response()(scope, receive, send)

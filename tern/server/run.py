@@ -49,7 +49,7 @@ def run_server(
     options = options or ServerOptions()
     with listen(options.host, options.port) as listener:
         state = AppState.create(engine, protocol, model, options)
-        with _metrics_server(state):
+        with metrics_server(state):
             server = _DrainingServer(server_config(state), engine, options.shutdown_timeout)
             engine.start()
             try:
@@ -84,21 +84,25 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._engine = engine
         self._shutdown_timeout = shutdown_timeout
-        self._drainer: threading.Thread | None = None
+        self._draining = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Begin to drain at the first signal, end at once at the second."""
-        if self._drainer is None:
+        if not self._draining:
+            self._draining = True
             logger.info("signal %d: finishing what runs, for at most %g s", sig, self._shutdown_timeout)
-            self._drainer = threading.Thread(target=self._drain, name="tern-drain", daemon=True)
-            self._drainer.start()
+            threading.Thread(target=self._drain, name="tern-drain", daemon=True).start()
         else:
-            self.should_exit = True
+            threading.Thread(target=self._end, name="tern-end", daemon=True).start()
 
     def _drain(self) -> None:
+        if not self._engine.drain(self._shutdown_timeout):
+            logger.warning("some requests were not done after %g s and end now", self._shutdown_timeout)
+        self._end()
+
+    def _end(self) -> None:
+        """Stop the engine, so that open streams end with an error, and then the server."""
         try:
-            if not self._engine.drain(self._shutdown_timeout):
-                logger.warning("some requests were not done after %g s and end now", self._shutdown_timeout)
             self._engine.stop()
         finally:
             self.should_exit = True
@@ -117,7 +121,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def _metrics_server(state: AppState) -> Iterator[None]:
+def metrics_server(state: AppState) -> Iterator[None]:
     """/metrics on its own port, if it has one."""
     options = state.options
     if options.metrics_port is None:

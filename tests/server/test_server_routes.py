@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -11,6 +13,7 @@ from server_fakes import USER, WEATHER_CALL, WEATHER_TOOL, Live, ScriptedEngine,
 
 import tern
 from tern.chat import ChatProtocol
+from tern.server.offload import LARGE
 
 
 def test_models(server: Live) -> None:
@@ -104,6 +107,25 @@ def test_health_is_the_heartbeat_and_ready_the_state(server: Live) -> None:
         server.engine.state = "ready"
 
 
+def test_reading_a_large_chat_does_not_stall_the_others(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+    prompt = server.state.protocol.prompt
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        reading.set()
+        assert go_on.wait(60)
+        return prompt(*args, **kwargs)
+
+    monkeypatch.setattr(server.state.protocol, "prompt", slow)
+    large = {"messages": [{"role": "user", "content": "x " * LARGE}]}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: httpx.post(server.url + "/tokenize", json=large, timeout=60))
+        assert reading.wait(60)
+        assert server.client.get("/health").status_code == 200
+        go_on.set()
+        assert waiting.result().status_code == 200
+
+
 def metric(text: str, name: str) -> float:
     """The value of one line of /metrics."""
     (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
@@ -156,7 +178,7 @@ def test_without_a_key_nothing_is_served(locked: Live, header: str | None) -> No
         ("POST", "/detokenize"),
         ("POST", "/v1/responses"),
     ):
-        response = httpx.request(method, locked.url + path, headers=headers)  # type: ignore[arg-type]
+        response = httpx.request(method, locked.url + path, headers=headers, timeout=60)  # type: ignore[arg-type]
         assert response.status_code == 401, path
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"

@@ -1,0 +1,187 @@
+"""`run_server` as a process: signals, draining, exit status, ports."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from server_fakes import USER, ScriptedEngine, identity, write_tokenizer
+
+from tern.chat import ChatProtocol
+from tern.errors import OptionError
+from tern.server import AppState, ServerOptions, run_server
+from tern.server.options import is_loopback
+from tern.server.run import metrics_server
+
+SCRIPT = Path(__file__).parent / "serve_scripted.py"
+
+
+class Process:
+    """A serving process and its URL."""
+
+    def __init__(self, directory: Path, shutdown_timeout: float) -> None:
+        write_tokenizer(directory)
+        self.directory = directory
+        command = [sys.executable, "-W", "error", str(SCRIPT), str(directory), str(shutdown_timeout)]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+        self.popen = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.popen.stdout is not None
+        self.url = self.popen.stdout.readline().strip()
+        assert self.url, self.popen.communicate()[1]
+
+    def begin_stream(self) -> socket.socket:
+        """A streamed request whose headers and first chunk have come."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)), timeout=60)
+        body = json.dumps({"messages": USER, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        seen = b""
+        while b"assistant" not in seen:
+            seen += connection.recv(4096)
+        return connection
+
+    def refuses(self) -> None:
+        """Wait until new work gets 503."""
+        while httpx.get(self.url + "/ready", timeout=60).status_code == 200:
+            pass
+        response = httpx.post(self.url + "/v1/chat/completions", json={"messages": USER}, timeout=60)
+        assert response.status_code == 503
+        assert httpx.get(self.url + "/health", timeout=60).status_code == 200
+
+    def ends_well(self) -> None:
+        """The process ends by itself, with status 0 and nothing to complain about."""
+        out, err = self.popen.communicate(timeout=60)
+        assert (self.popen.returncode, out.strip()) == (0, "ended"), err
+        assert "Traceback" not in err
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Any]:
+    started: list[Process] = []
+
+    def begin(shutdown_timeout: float) -> Process:
+        started.append(Process(tmp_path, shutdown_timeout))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.popen.poll() is None:
+            process.popen.kill()
+        process.popen.communicate()
+
+
+def read_all(connection: socket.socket) -> str:
+    """What else comes on a connection until the server closes it."""
+    seen = b""
+    with connection:
+        while piece := connection.recv(65536):
+            seen += piece
+    return seen.decode()
+
+
+def test_sigterm_lets_what_runs_finish_and_refuses_the_rest(start: Any) -> None:
+    process = start(60)
+    connection = process.begin_stream()
+    process.popen.send_signal(signal.SIGTERM)
+    process.refuses()
+    (process.directory / "open").touch()
+    rest = read_all(connection)
+    assert '"finish_reason":"stop"' in rest
+    assert "data: [DONE]" in rest
+    process.ends_well()
+
+
+def test_what_is_not_done_in_time_ends_with_an_error(start: Any) -> None:
+    process = start(0.1)
+    connection = process.begin_stream()
+    process.popen.send_signal(signal.SIGTERM)
+    rest = read_all(connection)
+    assert '"code":"unavailable"' in rest
+    assert "data: [DONE]" in rest
+    process.ends_well()
+
+
+def test_a_second_signal_does_not_wait(start: Any) -> None:
+    process = start(3600)
+    connection = process.begin_stream()
+    process.popen.send_signal(signal.SIGINT)
+    process.refuses()
+    process.popen.send_signal(signal.SIGINT)
+    assert '"code":"unavailable"' in read_all(connection)
+    process.ends_well()
+
+
+def test_an_idle_server_ends_at_once(start: Any) -> None:
+    process = start(3600)
+    assert httpx.get(process.url + "/health", timeout=60).status_code == 200
+    assert httpx.get(process.url + "/metrics", timeout=60).status_code == 404, "metrics have a port of their own"
+    process.popen.send_signal(signal.SIGTERM)
+    process.ends_well()
+
+
+def test_a_port_that_is_taken(protocol: ChatProtocol) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OptionError, match=f"port {port}"):
+            run_server(ScriptedEngine(protocol), protocol, identity(), ServerOptions(port=port))
+        with pytest.raises(OptionError, match=f"metrics port {port}"):
+            run_server(ScriptedEngine(protocol), protocol, identity(), ServerOptions(port=0, metrics_port=port))
+
+
+def test_metrics_on_their_own_port(protocol: ChatProtocol, caplog: pytest.LogCaptureFixture) -> None:
+    state = AppState.create(ScriptedEngine(protocol), protocol, identity(), ServerOptions(metrics_port=0))
+    with caplog.at_level(logging.INFO, "tern.server"), metrics_server(state):
+        url = caplog.messages[-1].split()[-1]
+        assert "tern:num_requests_running 0.0" in httpx.get(url, timeout=60).text
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": -1},
+        {"port": 65536},
+        {"metrics_port": 65536},
+        {"port": 8000, "metrics_port": 8000},
+        {"host": "0.0.0.0"},
+        {"host": "192.168.1.5"},
+        {"host": "::"},
+        {"api_keys": ("a", "")},
+        {"served_model_name": ""},
+        {"max_body_bytes": 0},
+        {"shutdown_timeout": -1},
+        {"shutdown_timeout": float("nan")},
+        {"keep_alive_seconds": 0},
+        {"heartbeat_timeout": float("inf")},
+    ],
+)
+def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError) as error:
+        ServerOptions(**wrong)
+    words = str(error.value).lower()
+    assert any(name in words or name.replace("_", " ").rstrip("s") in words for name in wrong)
+
+
+def test_a_public_address_needs_a_key_or_insistence() -> None:
+    assert ServerOptions(host="0.0.0.0", api_keys=("k",)).host == "0.0.0.0"
+    assert ServerOptions(host="::", allow_public=True).host == "::"
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("example.com", False), ("", False)],
+)
+def test_loopback(host: str, local: bool) -> None:
+    assert is_loopback(host) is local
