@@ -15,6 +15,9 @@ from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from tern.checkpoint import ModelSource, load_model
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.cache_size import free_memory, resolve_max_model_len, resolve_num_blocks
 from tern.engine.options import EngineOptions
@@ -23,10 +26,9 @@ from tern.engine.runner import Runner
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
-from tern.errors import ContextLengthError, InvalidRequestError, QueueFullError
+from tern.errors import ContextLengthError, InvalidRequestError, OptionError, QueueFullError
 
 if TYPE_CHECKING:
-    from tern.checkpoint import ModelSource
     from tern.model import ErnieModel
 
 logger = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class EngineStats:
     `blocks_cached` hold content that a prompt can reuse, free or owned. `prefix_hit_tokens` of `prefix_query_tokens`
     prompt tokens were found in the cache. `prompt_tokens` counts requests as they start, `generated_tokens` sampled and
     forced ones, `computed_tokens` all that went through the model, after a preemption once more. `finished` counts
-    endings by reason. `last_step_seconds` is the duration of the newest step.
+    endings by reason. `last_step_seconds` is how long the newest step computed.
     """
 
     running: int
@@ -97,17 +99,14 @@ class Engine:
 
     @classmethod
     def open(cls, source: ModelSource, options: EngineOptions | None = None, *, progress: bool = True) -> Engine:
-        """Load a resolved model and build an engine on it."""
-        import torch
+        """Load a resolved model and build an engine on it.
 
-        from tern.checkpoint import load_model
-
+        Raises `CheckpointError` for a model that cannot be loaded, `OptionError` for options that do not fit it.
+        """
         options = options or EngineOptions()
-        device = options.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        resolve_max_model_len(options, source.config)  # a length that cannot be is known before the weights are read
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        model = load_model(source, dtype=dtype, device=device, progress=progress)
+        model = load_model(source, dtype=dtype, device=_device(options.device), progress=progress)
         return cls(model, source.generation.eos_token_ids, options)
 
     @property
@@ -117,18 +116,13 @@ class Engine:
 
     def step(self) -> bool:
         """Compute one batch and deliver its tokens; False when there is nothing to do."""
-        started = time.perf_counter()
         chunks = self.scheduler.schedule()
         if not chunks:
-            self._check_idle()
-            return False
-        try:
-            tokens = self.runner.run(chunks)
-        except Exception:
-            self._fail_step(chunks)
-        else:
-            self._finish_step(chunks, tokens)
-        self._last_step_seconds = time.perf_counter() - started
+            return self._idle()
+        tokens = self._compute(chunks)
+        if tokens is not None:
+            self.scheduler.commit(chunks)
+            self._deliver(chunks, tokens)
         return True
 
     def add(self, request: Request) -> None:
@@ -222,9 +216,10 @@ class Engine:
         if len(queued) != len(self.sequences) or any(self.sequences.get(s.request_id) is not s for s in queued):
             raise IntegrityError(f"{len(self.sequences)} requests are open but {len(queued)} are queued")
 
-    def _check_idle(self) -> None:
+    def _idle(self) -> bool:
         if self.has_work:  # or callers that step while there is work would spin for ever
             raise IntegrityError(f"{len(self.sequences)} requests are open but none can be scheduled")
+        return False
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         low, high = min(ids, default=0), max(ids, default=0)
@@ -248,24 +243,41 @@ class Engine:
                 f"shorten the prompt or set max_tokens to at most {limit - num_prompt}."
             )
 
-    def _finish_step(self, chunks: Ordered[Chunk], tokens: Ordered[GeneratedToken | str]) -> None:
-        self.scheduler.commit(chunks)
+    def _compute(self, chunks: Ordered[Chunk]) -> list[GeneratedToken | str] | None:
+        """Run the chunks; None if that failed, and then their requests have been ended."""
+        started = time.perf_counter()
+        try:
+            tokens = self.runner.run(chunks)
+        except Exception:
+            logger.exception("A step of %d sequences failed", len(chunks))
+            self._fail_step(chunks)
+            return None
         self.consecutive_failures = 0
         self._steps += 1
         self._computed_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self._last_step_seconds = time.perf_counter() - started
+        return tokens
+
+    def _fail_step(self, chunks: Ordered[Chunk]) -> None:
+        """End the requests of a batch that could not be computed; the others lose nothing."""
+        self.consecutive_failures += 1
+        self._failed_steps += 1
+        for chunk in chunks:
+            self._finish(chunk.sequence, FinishReason.ERROR, message=STEP_FAILED)
+        self.check_integrity()
+
+    def _deliver(self, chunks: Ordered[Chunk], tokens: Ordered[GeneratedToken | str]) -> None:
         sampling = (chunk.sequence for chunk in chunks if chunk.samples)
         for sequence, token in zip(sampling, tokens, strict=True):
-            if sequence.status is SequenceStatus.FINISHED:  # a sink cancelled it meanwhile
-                continue
             if isinstance(token, str):
                 self._finish(sequence, FinishReason.ERROR, message=token)
             else:
-                self._deliver(sequence, token)
+                self._append(sequence, token)
 
-    def _deliver(self, sequence: Sequence, token: GeneratedToken) -> None:
+    def _append(self, sequence: Sequence, token: GeneratedToken) -> None:
         """Append a sampled token, and what its sink forces after it, until one of them ends the sequence."""
         pending = deque([token])
-        while pending and sequence.status is not SequenceStatus.FINISHED:
+        while pending and sequence.status is not SequenceStatus.FINISHED:  # a sink may cancel any request
             token = pending.popleft()
             sequence.token_ids.append(token.token_id)
             self._generated_tokens += 1
@@ -280,23 +292,12 @@ class Engine:
             pending.extend(GeneratedToken(forced, forced=True) for forced in steering.force)
 
     def _end_if_due(self, sequence: Sequence, token: GeneratedToken, steering: Steering) -> None:
-        if sequence.status is SequenceStatus.FINISHED:  # the sink cancelled its own request
-            return
         if token.token_id in sequence.stop_ids and not token.forced:
             self._finish(sequence, FinishReason.STOP, stop_token_id=token.token_id)
         elif steering.stop:
             self._finish(sequence, FinishReason.STOP)
         elif len(sequence.token_ids) >= sequence.max_length:
             self._finish(sequence, FinishReason.LENGTH)
-
-    def _fail_step(self, chunks: Ordered[Chunk]) -> None:
-        """End the requests of a batch that could not be computed; the others lose nothing."""
-        logger.exception("A step of %d sequences failed", len(chunks))
-        self.consecutive_failures += 1
-        self._failed_steps += 1
-        for chunk in chunks:
-            self._finish(chunk.sequence, FinishReason.ERROR, message=STEP_FAILED)
-        self.check_integrity()
 
     def _finish(
         self,
@@ -323,3 +324,12 @@ class Engine:
             sequence.request.sink.finish(finish)
         except Exception:
             logger.exception("The sink of request %r failed at its end", sequence.request_id)
+
+
+def _device(name: str) -> str:
+    """The device that an option names; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise OptionError(f"device is {name!r} but no NVIDIA GPU can be used here: choose cpu or auto.")
+    return name

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_fakes import add, run
 
+from tern.checkpoint import GenerationConfig, ModelSource
 from tern.engine import Engine, EngineOptions, FinishReason
+from tern.engine.sampler import ALL_MASKED
+from tern.errors import OptionError
 from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, parameter_shapes
 
 VOCAB = 320
@@ -153,6 +157,31 @@ def test_a_seeded_request_draws_the_same_alone_and_among_others() -> None:
     together = [add(engine, str(number), prompt, **fields) for number, prompt in enumerate(PROMPTS)]
     run(engine)
     assert [sink.ids for sink in together] == [sink.ids for sink in alone]
+
+
+def test_a_model_is_opened_from_its_source(tmp_path: Path) -> None:
+    config = network("moe").config
+    source = ModelSource("dummy", tmp_path, config, GenerationConfig(frozenset({EOS, 7})), synthetic_seed=3)
+    engine = Engine.open(source, EngineOptions(dtype="bfloat16", device="cpu", max_model_len=64), progress=False)
+    sink = add(engine, "first", [5, 6, 7], stop_token_ids=list(range(VOCAB)), min_tokens=3)
+    run(engine)
+    assert (engine.dtype, engine.device, engine.max_model_len) == (torch.bfloat16, torch.device("cpu"), 64)
+    assert engine.eos_token_ids == {EOS, 7}
+    assert sink.ids == []
+    assert sink.end.message == ALL_MASKED, "min_tokens forbids every token there is"
+
+
+def test_options_that_do_not_fit_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    source = ModelSource("none", tmp_path / "nothing", network("moe").config, GenerationConfig(frozenset()))
+    with pytest.raises(OptionError, match=f"max_model_len is {LENGTH + 1}"):
+        Engine.open(source, EngineOptions(max_model_len=LENGTH + 1), progress=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    source = ModelSource("none", tmp_path, network("moe").config, GenerationConfig(frozenset()))
+    with pytest.raises(OptionError, match="device is 'cuda:1' but no NVIDIA GPU"):
+        Engine.open(source, EngineOptions(device="cuda:1"), progress=False)
 
 
 def test_damaged_weights_end_requests_with_a_sentence() -> None:
