@@ -87,6 +87,10 @@ def parse_json_object(raw: bytes) -> JsonObject:
     return value
 
 
+_CHECKED = (float, str, dict, list)
+"""What can be wrong or hold something wrong; a long list of whole numbers costs no paths."""
+
+
 def _check_leaves(root: JsonObject) -> None:
     """Refuse numbers that JSON does not have and text that UTF-8 cannot hold, wherever they stand.
 
@@ -105,7 +109,7 @@ def _check_leaves(root: JsonObject) -> None:
                 _check_text(path, key)
             pending.extend(_children(path, value))
         elif isinstance(value, list):
-            pending.extend((f"{path}[{index}]", item) for index, item in enumerate(value))
+            pending.extend((f"{path}[{at}]", item) for at, item in enumerate(value) if isinstance(item, _CHECKED))
 
 
 def _children(path: str, value: JsonObject) -> Iterable[tuple[str, Any]]:

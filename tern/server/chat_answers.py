@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tern.chat import ContentDelta, ReasoningDelta, ResponseEvent, Tokenizer, ToolCallDelta, collect_message
-from tern.engine import Finish, FinishReason, GeneratedToken
+from tern.engine import FinishReason, GeneratedToken
 from tern.server.body import JsonObject
 from tern.server.generation import Generation
 from tern.server.logprobs import chat_logprobs
@@ -91,15 +91,16 @@ def _whole_choice(shape: ChatShape, index: int, progress: Progress) -> JsonObjec
 def _end_fields(ending: Ending, *, called: bool) -> JsonObject:
     """`finish_reason`, and vLLM's `stop_reason`: the stop string or stop token that ended the choice, if one did."""
     return {
-        "finish_reason": _finish_reason(ending.finish, called=called),
+        "finish_reason": _finish_reason(ending, called=called),
         "stop_reason": ending.stop_reason,
     }
 
 
-def _finish_reason(finish: Finish, *, called: bool) -> str:
-    if finish.reason is FinishReason.LENGTH:
-        return "length"  # also inside a tool call: what was cut off is never called complete
-    return "tool_calls" if called else "stop"
+def _finish_reason(ending: Ending, *, called: bool) -> str:
+    if ending.finish.reason is FinishReason.LENGTH:
+        return "length"
+    # A call that was cut off is never called complete, whether by the limit or by a stop string inside its arguments.
+    return "tool_calls" if called and not ending.inside_call else "stop"
 
 
 class ChunkWriter:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from tern.chat import RenderedPrompt, ResponseParser, validate_tools
+from tern.chat import ParserState, RenderedPrompt, ResponseParser, bad_word_sequences, validate_tools
 from tern.engine import SamplingParams
 from tern.server.auth import owner_of
+from tern.server.body import JsonObject
 from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
 from tern.server.choices import Plan, start
-from tern.server.generation import Generation
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.fields import read_fields
 from tern.server.state import AppState
@@ -30,24 +32,43 @@ def routes(state: AppState) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(http: Request) -> Response:
+        arrived = time.monotonic()
         owner = owner_of(http, state.options.api_keys)
         state.check_ready()
         body = await state.read_json(http)
-        request = read_fields(ChatRequest, body.fields)
-        request.check()
-        state.check_model(request.model)
-        params = _sampling(state, request)
-        prompt = await state.offload.run(body.size, _render, state, request)
-        shape = _shape(state, request, prompt)
-        generation = _generation(state, request, prompt, params, shape.answer_id, owner)
+        asked = await state.offload.run(body.size, _read, state, body.fields)
+        shape = _shape(state, asked)
+        generation = start(state, _plan(state, asked, shape.answer_id, owner, arrived))
         await generation.submit(state.offload)
-        if request.stream:
+        if asked.request.stream:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
         async with generation:
             updates = await while_connected(http.receive, generation.all_updates())
         return JSONResponse(whole_answer(shape, updates))
 
     return router
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that was read and found good, its prompt rendered."""
+
+    request: ChatRequest
+    params: SamplingParams
+    prompt: RenderedPrompt
+    parser_state: ParserState
+    bad_words: Sequence[tuple[int, ...]]
+
+
+def _read(state: AppState, fields: JsonObject) -> Asked:
+    """Check a request and render it. Raises what is wrong with it."""
+    request = read_fields(ChatRequest, fields)
+    request.check()
+    state.check_model(request.model)
+    params = _sampling(state, request)
+    prompt = _render(state, request)
+    assert prompt.state is not None, "a rendered chat says where its answer begins"
+    return Asked(request, params, prompt, prompt.state, bad_word_sequences(state.protocol.tokenizer, params.bad_words))
 
 
 def _sampling(state: AppState, request: ChatRequest) -> SamplingParams:
@@ -74,13 +95,14 @@ def _render(state: AppState, request: ChatRequest) -> RenderedPrompt:
     return state.protocol.prompt(request.messages, tools=request.offered_tools, template_kwargs=kwargs)
 
 
-def _shape(state: AppState, request: ChatRequest, prompt: RenderedPrompt) -> ChatShape:
+def _shape(state: AppState, asked: Asked) -> ChatShape:
+    request = asked.request
     return ChatShape(
         answer_id=f"chatcmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=state.model_name,
         tokenizer=state.protocol.tokenizer,
-        prompt_token_ids=tuple(prompt.token_ids),
+        prompt_token_ids=tuple(asked.prompt.token_ids),
         choices=request.n,
         num_top=(request.top_logprobs or 0) if request.logprobs else None,
         token_ids=request.return_token_ids,
@@ -89,24 +111,17 @@ def _shape(state: AppState, request: ChatRequest, prompt: RenderedPrompt) -> Cha
     )
 
 
-def _generation(
-    state: AppState,
-    request: ChatRequest,
-    prompt: RenderedPrompt,
-    params: SamplingParams,
-    request_id: str,
-    owner: str | None,
-) -> Generation:
-    assert prompt.state is not None, "a rendered chat says where its answer begins"
-    parser_state = prompt.state
-    plan = Plan(
+def _plan(state: AppState, asked: Asked, request_id: str, owner: str | None, arrived: float) -> Plan:
+    request = asked.request
+    return Plan(
         request_id=request_id,
-        prompts=[tuple(prompt.token_ids)],
-        params=params,
-        new_stream=lambda: state.protocol.text_stream(params, prompt=prompt),
-        new_parser=lambda: ResponseParser(tools=request.offered_tools, start=parser_state),
+        prompts=[tuple(asked.prompt.token_ids)],
+        params=asked.params,
+        bad_words=asked.bad_words,
+        new_stream=lambda: state.protocol.text_stream(asked.params, prompt=asked.prompt),
+        new_parser=lambda: ResponseParser(tools=request.offered_tools, start=asked.parser_state),
+        arrived=arrived,
         owner=owner,
         priority=request.priority,
         single_call=not request.parallel_tool_calls,
     )
-    return start(state, plan)

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tern.chat import TextStream, bad_word_sequences
+from tern.chat import TextStream
 from tern.engine import Request, SamplingParams
 from tern.server.generation import Generation
 from tern.server.sink import ChoiceSink, EventParser, Mailbox
@@ -20,15 +20,18 @@ from tern.server.state import AppState
 class Plan:
     """What a request wants generated: `params.n` choices for each prompt, in order.
 
-    `new_stream` and `new_parser` make the text machine of one choice. `owner` is the API key that the request came
-    with: what different owners leave in the prefix cache is kept apart. `priority`: lower goes first.
+    `bad_words` are those of `params` as tokens. `new_stream` and `new_parser` make the text machine of one choice.
+    `owner` is the API key that the request came with: what different owners leave in the prefix cache is kept apart.
+    `priority`: lower goes first. `arrived`: when the request did, by `time.monotonic()`.
     """
 
     request_id: str
     prompts: Sequence[tuple[int, ...]]
     params: SamplingParams
+    bad_words: Sequence[tuple[int, ...]]
     new_stream: Callable[[], TextStream]
     new_parser: Callable[[], EventParser]
+    arrived: float
     owner: str | None = None
     priority: int = 0
     single_call: bool = False
@@ -40,7 +43,6 @@ def start(state: AppState, plan: Plan) -> Generation:
     mailbox = Mailbox()
     stops = frozenset(params.stop_token_ids)
     ends = stops if params.ignore_eos else stops | state.model.generation.eos_token_ids
-    bad_words = tuple(tuple(ids) for ids in bad_word_sequences(state.protocol.tokenizer, params.bad_words))
     requests = []
     for index in range(len(plan.prompts) * params.n):
         sink = ChoiceSink(
@@ -48,7 +50,7 @@ def start(state: AppState, plan: Plan) -> Generation:
             stream=plan.new_stream(),
             parser=plan.new_parser(),
             deliver=mailbox.post,
-            observer=state.metrics.observe_choice(),
+            observer=state.metrics.observe_choice(plan.arrived),
             stop_token_ids=stops,
             hidden_token_ids=frozenset() if params.include_stop_str_in_output else ends,
             single_call=plan.single_call,
@@ -59,7 +61,7 @@ def start(state: AppState, plan: Plan) -> Generation:
                 prompt_token_ids=plan.prompts[index // params.n],
                 params=params,
                 sink=sink,
-                bad_token_sequences=bad_words,
+                bad_token_sequences=tuple(plan.bad_words),
                 priority=plan.priority,
                 cache_salt=cache_salt(plan.owner),
                 choice_index=index % params.n,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from tern.chat import Tokenizer, bad_word_sequences
 from tern.engine import SamplingParams
 from tern.server.auth import owner_of
+from tern.server.body import JsonObject
 from tern.server.choices import Plan, start
 from tern.server.completion_answers import CompletionShape, stream_answer, whole_answer
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
@@ -26,28 +29,26 @@ def routes(state: AppState) -> APIRouter:
 
     @router.post("/v1/completions")
     async def create_completion(http: Request) -> Response:
+        arrived = time.monotonic()
         owner = owner_of(http, state.options.api_keys)
         state.check_ready()
         body = await state.read_json(http)
-        request = read_fields(CompletionRequest, body.fields)
-        request.check()
-        state.check_model(request.model)
-        params = _sampling(state, request)
-        given = request.prompts()
-        prompts = await state.offload.run(body.size, _tokenise, state, given)
-        shape = _shape(state, request, given, prompts)
+        asked = await state.offload.run(body.size, _read, state, body.fields)
+        shape = _shape(state, asked)
         plan = Plan(
             request_id=shape.answer_id,
-            prompts=prompts,
-            params=params,
-            new_stream=lambda: state.protocol.text_stream(params),
+            prompts=asked.prompts,
+            params=asked.params,
+            bad_words=asked.bad_words,
+            new_stream=lambda: state.protocol.text_stream(asked.params),
             new_parser=PlainText,
+            arrived=arrived,
             owner=owner,
-            priority=request.priority,
+            priority=asked.request.priority,
         )
         generation = start(state, plan)
         await generation.submit(state.offload)
-        if request.stream:
+        if asked.request.stream:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
         async with generation:
             updates = await while_connected(http.receive, generation.all_updates())
@@ -56,33 +57,46 @@ def routes(state: AppState) -> APIRouter:
     return router
 
 
-def _sampling(state: AppState, request: CompletionRequest) -> SamplingParams:
+@dataclass(frozen=True)
+class Asked:
+    """A request that was read and found good: its prompts as token ids, and what each echoes ("" for nothing)."""
+
+    request: CompletionRequest
+    params: SamplingParams
+    prompts: Sequence[tuple[int, ...]]
+    echoes: Sequence[str]
+    bad_words: Sequence[tuple[int, ...]]
+
+
+def _read(state: AppState, fields: JsonObject) -> Asked:
+    """Check a request and tokenise it. Raises what is wrong with it."""
+    request = read_fields(CompletionRequest, fields)
+    request.check()
+    state.check_model(request.model)
     limit = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-    return request.sampling_params(state.model.generation.sampling_defaults(), max_tokens=limit)
+    params = request.sampling_params(state.model.generation.sampling_defaults(), max_tokens=limit)
+    given = request.prompts()
+    tokenizer = state.protocol.tokenizer
+    prompts = [tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in given]
+    echoes = [_text(tokenizer, prompt) if request.echo else "" for prompt in given]
+    return Asked(request, params, prompts, echoes, bad_word_sequences(tokenizer, params.bad_words))
 
 
-def _tokenise(state: AppState, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-    encode = state.protocol.tokenizer.encode
-    return [tuple(encode(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
+def _text(tokenizer: Tokenizer, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
 
 
-def _shape(
-    state: AppState, request: CompletionRequest, given: Sequence[Prompt], prompts: Sequence[tuple[int, ...]]
-) -> CompletionShape:
-    echoes = [""] * len(given)
-    if request.echo:
-        decode = state.protocol.tokenizer.decode
-        echoes = [prompt if isinstance(prompt, str) else decode(prompt, skip_special_tokens=False) for prompt in given]
+def _shape(state: AppState, asked: Asked) -> CompletionShape:
     return CompletionShape(
         answer_id=f"cmpl-{uuid.uuid4().hex}",
         created=int(time.time()),
         model=state.model_name,
         tokenizer=state.protocol.tokenizer,
-        prompts=tuple(prompts),
-        echoes=tuple(echoes),
-        choices_each=request.n,
-        num_top=request.logprobs,
-        token_ids=request.return_token_ids,
-        usage_at_end=request.usage_at_end,
-        usage_always=request.usage_always,
+        prompts=tuple(asked.prompts),
+        echoes=tuple(asked.echoes),
+        choices_each=asked.request.n,
+        num_top=asked.request.logprobs,
+        token_ids=asked.request.return_token_ids,
+        usage_at_end=asked.request.usage_at_end,
+        usage_always=asked.request.usage_always,
     )

@@ -64,9 +64,9 @@ class Metrics:
             registry=registry,
         )
 
-    def observe_choice(self) -> ChoiceObserver:
-        """An observer for one choice whose request arrives now."""
-        return ChoiceObserver(self)
+    def observe_choice(self, arrived: float) -> ChoiceObserver:
+        """An observer for one choice of a request that arrived then, by `time.monotonic()`."""
+        return ChoiceObserver(self, arrived)
 
     def refused(self, status: int) -> None:
         """Count a request that was answered with an error."""
@@ -80,9 +80,9 @@ class Metrics:
 class ChoiceObserver:
     """Times one choice. Used on the engine's thread."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, arrived: float) -> None:
         self._metrics = metrics
-        self._arrived = time.monotonic()
+        self._arrived = arrived
         self._last_token: float | None = None
 
     def token(self) -> None:

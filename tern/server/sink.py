@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tern.chat import ContentDelta, ResponseEvent, TextStream, ToolCallDelta
+from tern.chat import ContentDelta, ParserState, ResponseEvent, TextStream, ToolCallDelta
 from tern.engine import CONTINUE, Finish, GeneratedToken, Steering
 
 
@@ -24,12 +24,14 @@ from tern.engine import CONTINUE, Finish, GeneratedToken, Steering
 class Ending:
     """How a choice ended. `num_reasoning_tokens` of the generated ones belong to the thought.
 
-    `stop_reason` is the stop string or stop token of the request that ended it, if one did.
+    `stop_reason` is the stop string or stop token of the request that ended it, if one did. `inside_call`: it ended
+    before the JSON of a tool call did.
     """
 
     finish: Finish
     num_reasoning_tokens: int
     stop_reason: str | int | None
+    inside_call: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,9 @@ class Mailbox:
 class EventParser(Protocol):
     """What turns text into events: the chat room's `ResponseParser`, or `PlainText`."""
 
+    @property
+    def state(self) -> ParserState: ...
+
     def feed(self, text: str) -> Sequence[ResponseEvent]: ...
 
     def finish(self) -> Sequence[ResponseEvent]: ...
@@ -96,6 +101,8 @@ class EventParser(Protocol):
 
 class PlainText:
     """The parser of a completion: all text is content."""
+
+    state = ParserState.BARE
 
     def feed(self, text: str) -> Sequence[ResponseEvent]:
         """The text as one event."""
@@ -151,7 +158,8 @@ class ChoiceSink:
             events = self._allowed([*self.parser.feed(self.stream.finish()), *self.parser.finish()])
         stop_token = finish.stop_token_id if finish.stop_token_id in self.stop_token_ids else None
         stop_reason = stop_token if self.stream.stop_string is None else self.stream.stop_string
-        ending = Ending(finish, self.stream.num_reasoning_tokens, stop_reason)
+        inside_call = self.parser.state is ParserState.CALL and not self._cut
+        ending = Ending(finish, self.stream.num_reasoning_tokens, stop_reason, inside_call)
         self.observer.ended(ending)
         self.deliver(Update(self.index, events, None, ending))
 

@@ -22,24 +22,22 @@ def routes(state: AppState) -> APIRouter:
     async def tokenize(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)
-        request = read_fields(TokenizeRequest, body.fields)
-        request.check()
-        check_template_kwargs(request.chat_template_kwargs)
-        state.check_model(request.model)
-        return JSONResponse(await state.offload.run(body.size, _tokenize, state, request))
+        return JSONResponse(await state.offload.run(body.size, _tokenize, state, body.fields))
 
     @router.post("/detokenize")
     async def detokenize(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)
-        request = read_fields(DetokenizeRequest, body.fields)
-        state.check_model(request.model)
-        return JSONResponse(await state.offload.run(body.size, _detokenize, state, request))
+        return JSONResponse(await state.offload.run(body.size, _detokenize, state, body.fields))
 
     return router
 
 
-def _tokenize(state: AppState, request: TokenizeRequest) -> JsonObject:
+def _tokenize(state: AppState, fields: JsonObject) -> JsonObject:
+    request = read_fields(TokenizeRequest, fields)
+    request.check()
+    check_template_kwargs(request.chat_template_kwargs)
+    state.check_model(request.model)
     if request.prompt is not None:
         ids = list(state.protocol.tokenizer.encode(request.prompt))
     else:
@@ -51,5 +49,7 @@ def _tokenize(state: AppState, request: TokenizeRequest) -> JsonObject:
     return answer
 
 
-def _detokenize(state: AppState, request: DetokenizeRequest) -> JsonObject:
+def _detokenize(state: AppState, fields: JsonObject) -> JsonObject:
+    request = read_fields(DetokenizeRequest, fields)
+    state.check_model(request.model)
     return {"prompt": state.protocol.tokenizer.decode(request.tokens, skip_special_tokens=False)}

@@ -67,6 +67,13 @@ def test_a_tool_call_cut_by_max_tokens_is_length(server: Live) -> None:
         assert not arguments.endswith("}")
 
 
+def test_a_tool_call_cut_by_a_stop_string_is_stop(server: Live) -> None:
+    server.engine.answers.append(WEATHER_CALL)
+    choice = server.chat(tools=[WEATHER_TOOL], stop="Beijing")["choices"][0]
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "Beijing")
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"location": "'
+
+
 def test_tool_choice_none_hides_the_tools(server: Live) -> None:
     server.engine.answers.append(WEATHER_CALL)
     choice = server.chat(tools=[WEATHER_TOOL], tool_choice="none")["choices"][0]

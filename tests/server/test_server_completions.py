@@ -136,6 +136,7 @@ def test_usage_at_the_end_of_a_stream(server: Live) -> None:
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
         ({"prompt": ["a"] * 1025}, "prompt"),
+        ({"prompt": ["a"] * 9, "n": 128}, "prompt"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),

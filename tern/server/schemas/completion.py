@@ -12,7 +12,7 @@ from tern.server.schemas.sampling import FLAG, WHOLE, SamplingFields
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""
 
-MAX_PROMPTS = 1024
+MAX_COMPLETIONS = 1024
 
 Prompt = str | list[int]
 
@@ -44,9 +44,11 @@ class CompletionRequest(SamplingFields):
             raise InvalidRequestError(
                 "prompt must be text, a list of texts, a list of token ids or a list of such lists.", param="prompt"
             )
-        if len(found) > MAX_PROMPTS:
+        if len(found) * self.n > MAX_COMPLETIONS:
             raise InvalidRequestError(
-                f"prompt holds {len(found)} prompts: at most {MAX_PROMPTS} are taken at once.", param="prompt"
+                f"prompt holds {len(found)} prompts and n is {self.n}: at most {MAX_COMPLETIONS} completions are made "
+                "at once.",
+                param="prompt",
             )
         if not found or not all(found):
             raise InvalidRequestError("prompt is empty: give at least one character or token id.", param="prompt")
