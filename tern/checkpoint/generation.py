@@ -24,7 +24,8 @@ MIN_POSITIVE = 1e-6
 class GenerationConfig:
     """The tokens that end a text, and sampling defaults, None where the checkpoint gives none.
 
-    `top_k` 0 or below means no limit, as in transformers and vLLM.
+    `temperature` is 0 where `do_sample` is false, as transformers reads the file. `top_k` 0 or below means no limit, as in
+    transformers and vLLM.
     """
 
     eos_token_ids: frozenset[int]
@@ -53,7 +54,7 @@ class GenerationConfig:
         problems: list[str] = []
         generation = cls(
             eos_token_ids=_eos(raw.get("eos_token_id"), config, problems),
-            temperature=_number(raw, "temperature", 0.0, 10.0, problems),
+            temperature=0.0 if raw.get("do_sample") is False else _number(raw, "temperature", 0.0, 10.0, problems),
             top_p=_number(raw, "top_p", MIN_POSITIVE, 1.0, problems),
             top_k=_integer(raw, "top_k", -1, 2**31 - 1, problems),
             repetition_penalty=_number(raw, "repetition_penalty", MIN_POSITIVE, 10.0, problems),
