@@ -1,4 +1,7 @@
-"""What all tests share: one torch thread a process, since the tests themselves run side by side, and no network."""
+"""What all tests share: one torch thread a process, since the tests themselves run side by side, and no hub.
+
+Small networks compute faster on one thread than two cores can agree on anything.
+"""
 
 from __future__ import annotations
 
