@@ -24,8 +24,8 @@ MIN_POSITIVE = 1e-6
 class GenerationConfig:
     """The tokens that end a text, and sampling defaults, None where the checkpoint gives none.
 
-    `temperature` is 0 where `do_sample` is false, as transformers reads the file. `top_k` 0 or below means no limit, as in
-    transformers and vLLM.
+    `temperature` is 0 where `do_sample` is false, as transformers reads the file. `top_k` 0 or below means no limit, as
+    in transformers and vLLM.
     """
 
     eos_token_ids: frozenset[int]
