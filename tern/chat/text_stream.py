@@ -71,6 +71,7 @@ class TextStream:
         stop_after: str | None = None,
         thinking: ThinkingControl | None = None,
     ) -> None:
+        self._vocab_size = tokenizer.vocab_size
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stops = StopStrings(stop, include=include_stop)
         self._marker = stop_after if stop else None  # until it is found
@@ -89,7 +90,8 @@ class TextStream:
 
     def push(self, token_id: int) -> TextStep:
         """Take the next token, sampled or forced."""
-        text = self._detokenizer.push(token_id)
+        # A network may have more ids than its tokenizer (padding, a stand-in tokenizer): those have no text.
+        text = self._detokenizer.push(token_id) if token_id < self._vocab_size else ""
         force: tuple[int, ...] = ()
         if self._thought is not None and self._thought.open:
             force = self._thought.push(token_id, text, inside_character=self._detokenizer.inside_character)

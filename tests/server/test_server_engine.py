@@ -134,16 +134,20 @@ class RealServer:
         return connection
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ChatProtocol]]:
-    directory: Path = tmp_path_factory.mktemp("random")
+def random_model(directory: Path, extra_ids: int = 0) -> tuple[Any, ChatProtocol]:
+    """A small random network, with `extra_ids` more token ids than its tokenizer."""
     write_tokenizer(directory)
     protocol = ChatProtocol.from_directory(directory)
-    config = ErnieConfig.from_dict({**CONFIG, "vocab_size": protocol.tokenizer.vocab_size})
+    config = ErnieConfig.from_dict({**CONFIG, "vocab_size": protocol.tokenizer.vocab_size + extra_ids})
     source = ModelSource("random", directory, config, GenerationConfig(frozenset({EOS})), synthetic_seed=3)
+    return load_model(source, dtype=torch.float32, progress=False), protocol
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ChatProtocol]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield load_model(source, dtype=torch.float32, progress=False), protocol
+    yield random_model(tmp_path_factory.mktemp("random"))
     torch.set_num_threads(threads)
 
 
@@ -273,6 +277,17 @@ def test_leaving_while_queued(real: RealServer) -> None:
     real.wait_idle()
     assert real.engine.stats().generated_tokens == 2 * 3
     assert real.live.chat(max_tokens=3)["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_network_with_more_ids_than_its_tokenizer(tmp_path: Path) -> None:
+    network, protocol = random_model(tmp_path, extra_ids=3000)
+    engine = Engine(network, {EOS}, EngineOptions(max_model_len=256, num_kv_blocks=32))
+    with serve(EngineService(engine), protocol, identity()) as live:
+        fields = {"max_tokens": 20, "temperature": 1, "seed": 1, "ignore_eos": True, "return_token_ids": True}
+        answer = live.chat(logprobs=True, top_logprobs=5, **fields)
+        assert max(answer["choices"][0]["token_ids"]) >= protocol.tokenizer.vocab_size
+        assert answer["usage"]["completion_tokens"] == 20
+        assert len(answer["choices"][0]["logprobs"]["content"]) == 20
 
 
 def test_draining_lets_what_runs_finish(real: RealServer) -> None:
