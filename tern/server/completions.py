@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 
 from tern.chat import Tokenizer, bad_word_sequences
 from tern.engine import SamplingParams
+from tern.errors import ContextLengthError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.choices import Plan, start
@@ -47,7 +48,10 @@ def routes(state: AppState) -> APIRouter:
             priority=asked.request.priority,
         )
         generation = start(state, plan)
-        await generation.submit(state.offload)
+        try:
+            await generation.submit(state.offload)
+        except ContextLengthError as error:  # the engine cannot know what its caller calls a prompt
+            raise ContextLengthError(str(error), param="prompt") from None
         if asked.request.stream:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
         async with generation:

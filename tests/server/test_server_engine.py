@@ -225,6 +225,7 @@ def test_a_prompt_too_long_says_both_numbers(real: RealServer) -> None:
         assert response.status_code == 400
         error = response.json()["error"]
         assert error["code"] == "context_length_exceeded"
+        assert error["param"] == ("messages" if "messages" in body else "prompt")
         assert "512" in error["message"]
         count = real.live.client.post("/tokenize", json={k: v for k, v in body.items() if k == "messages"})
         if count.status_code == 200:
