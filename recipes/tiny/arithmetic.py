@@ -10,8 +10,6 @@ import random
 from recipes.tiny.conversation import Example, Language, Turn, user
 from recipes.tiny.words import is_held_out
 
-PLACES = {"en": ("ones", "tens", "hundreds", "thousands"), "zh": ("个位", "十位", "百位", "千位")}
-
 QUESTIONS = {
     ("en", "+"): (
         "What is {a} + {b}?",
@@ -80,67 +78,64 @@ QUESTIONS = {
         "{a} × {b} 等于几？",
     ),
 }
-ASCII_ONLY = frozenset({"{a}+{b}", "{a} + {b}", "{a}-{b}", "{a} - {b}", "{a}*{b}"})
-"""Questions without a word of any language; they are answered in English."""
 
 
-def columns_of_sum(a: int, b: int, language: Language, width: int) -> list[str]:
-    """One line per decimal place, ones first, each with the carry from the line before."""
-    lines, carry = [], 0
-    for place in PLACES[language][:width]:
-        x, y = a % 10, b % 10
-        total = x + y + carry
-        line = f"{x}+{y}+{carry}={total}"
-        carry = total // 10
-        lines.append(f"{place}: {line}, carry {carry}" if language == "en" else f"{place}：{line}，进{carry}")
-        a, b = a // 10, b // 10
-    return lines
+def columns_of_sum(a: int, b: int) -> list[str]:
+    """One line per decimal place, ones first: what is left to add with the carry, its last digits, the result so far.
+
+    Each line follows from the one above it and from nothing else: ``478+95+1: 8+5+1=14 -> 41``.
+    """
+    lines, carry, done = [], 0, ""
+    while True:
+        total = a % 10 + b % 10 + carry
+        last = a < 10 and b < 10
+        done = (str(total) if last else str(total % 10)) + done
+        lines.append(f"{a}+{b}+{carry}: {a % 10}+{b % 10}+{carry}={total} -> {done}")
+        if last:
+            return lines
+        a, b, carry = a // 10, b // 10, total // 10
 
 
-def columns_of_difference(a: int, b: int, language: Language, width: int) -> list[str]:
-    """As `columns_of_sum`, for a >= b, with borrowing."""
-    lines, borrow = [], 0
-    for place in PLACES[language][:width]:
-        x, y = a % 10, b % 10
-        lend = 10 if x - y - borrow < 0 else 0
-        line = f"{x + lend}-{y}-{borrow}={x + lend - y - borrow}"
-        borrow = lend // 10
-        lines.append(f"{place}: {line}, borrow {borrow}" if language == "en" else f"{place}：{line}，借{borrow}")
-        a, b = a // 10, b // 10
-    return lines
+def columns_of_difference(a: int, b: int) -> list[str]:
+    """As `columns_of_sum`, for a >= b, with borrowing: ``478-95-1: 18-5-1=12 -> 21``.
+
+    Ten is added to every digit; a result of ten or more did not need it.
+    """
+    lines, borrow, done = [], 0, ""
+    while True:
+        left = a % 10 + 10 - b % 10 - borrow
+        done = str(left % 10) + done
+        lines.append(f"{a}-{b}-{borrow}: 1{a % 10}-{b % 10}-{borrow}={left} -> {done}")
+        if a < 10 and b < 10:
+            return lines
+        a, b, borrow = a // 10, b // 10, 1 - left // 10
 
 
-def think_sum(a: int, b: int, language: Language) -> str:
+def think_sum(a: int, b: int) -> str:
     """The thought for a + b."""
-    width = max(len(str(a)), len(str(b)))
-    lines = [f"{a:0{width}d} + {b:0{width}d}", *columns_of_sum(a, b, language, width)]
-    return "\n".join([*lines, f"= {a + b}"])
+    return "\n".join([*columns_of_sum(a, b), f"= {a + b}"])
 
 
-def think_difference(a: int, b: int, language: Language) -> str:
+def think_difference(a: int, b: int) -> str:
     """The thought for a - b, of either sign."""
-    width = max(len(str(a)), len(str(b)))
     large, small = max(a, b), min(a, b)
     sign = "<" if a < b else ">="
-    lines = [f"{a:0{width}d} {sign} {b:0{width}d}", f"{large:0{width}d} - {small:0{width}d}"]
-    lines += columns_of_difference(large, small, language, width)
-    return "\n".join([*lines, f"= {large - small:0{width}d}", f"= {a - b}"])
+    return "\n".join([f"{a} {sign} {b}", *columns_of_difference(large, small), f"= {a - b}"])
 
 
-def times_digit(a: int, digit: int, language: Language) -> str:
-    """Two-digit a times one digit, by digits with the carry: ``47×6: 7×6+0=42, carry 4; 4×6+4=28; 282``."""
-    low = a % 10 * digit
-    high = a // 10 * digit + low // 10
-    carry = f", carry {low // 10}; " if language == "en" else f"，进{low // 10}；"
-    end = "; " if language == "en" else "；"
-    return f"{a:02d}×{digit}: {a % 10}×{digit}+0={low}{carry}{a // 10}×{digit}+{low // 10}={high}{end}{a * digit}"
+def times_digit(a: int, digit: int) -> str:
+    """Two-digit a times one digit, by digits with the carry: ``47*6: 7*6=42, 4*6=24, 24+4=28 -> 282``."""
+    low, high = a % 10 * digit, a // 10 * digit
+    carry = low // 10
+    steps = f"{a % 10}*{digit}={low}, {a // 10}*{digit}={high}, {high}+{carry}={high + carry}"
+    return f"{a}*{digit}: {steps} -> {a * digit}"
 
 
-def think_product(a: int, b: int, language: Language) -> str:
+def think_product(a: int, b: int) -> str:
     """The thought for a × b, both below 100: two partial products and their sum."""
-    low, high = a * (b % 10), a * (b // 10) * 10
-    lines = [f"{a:02d} × {b:02d}", times_digit(a, b % 10, language), times_digit(a, b // 10, language)]
-    return "\n".join([*lines, f"{low:04d} + {high:04d}", *columns_of_sum(low, high, language, 4), f"= {a * b}"])
+    high, low = divmod(b, 10)
+    lines = [f"{a}*{b}", times_digit(a, high), times_digit(a, low)]
+    return "\n".join([*lines, *columns_of_sum(a * high * 10, a * low), f"= {a * b}"])
 
 
 def solve(a: int, operator: str, b: int, language: Language) -> Turn:
@@ -148,7 +143,7 @@ def solve(a: int, operator: str, b: int, language: Language) -> Turn:
     think = {"+": think_sum, "-": think_difference, "×": think_product}[operator]
     value = {"+": a + b, "-": a - b, "×": a * b}[operator]
     stop = "." if language == "en" else "。"
-    return Turn(think(a, b, language), f"{a} {operator} {b} = {value}{stop}")
+    return Turn(think(a, b), f"{a} {operator} {b} = {value}{stop}")
 
 
 def operand(rng: random.Random, digits: int) -> int:
@@ -173,6 +168,6 @@ def example(rng: random.Random, language: Language, held_out: bool, operator: st
     operator = operator or rng.choice("+-×")
     a, b = problem(rng, operator, held_out)
     question = rng.choice(QUESTIONS[language, operator])
-    answer_in: Language = "en" if question in ASCII_ONLY else language
+    answer_in: Language = "en" if question.isascii() else language  # a bare "3+4" has no language
     skill = "product" if operator == "×" else "sum"
     return Example(skill, language, [user(question.format(a=a, b=b))], solve(a, operator, b, answer_in))

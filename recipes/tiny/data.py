@@ -22,6 +22,8 @@ MAX_LENGTH = 1024
 LENGTH_STEP = 32
 DIGIT_WEIGHT = 3.0
 """Weight of a digit as a target in arithmetic, where the other tokens are easy."""
+DRILL_SHARE = 0.65
+"""Share of drills among the conversations."""
 POOL = 1024
 """Examples drawn at a time, sorted by length and cut into batches of equal-sized sequences."""
 
@@ -59,18 +61,19 @@ def other_tool_wanted(rng: random.Random, language: Language, held_out: bool) ->
 
 
 MIXTURE: dict[Generator, float] = {
-    arithmetic.example: 34,
-    tools.call_example: 48,
-    tools.result_example: 7,
-    tools.failure_example: 1,
-    tools.pair_example: 2,
+    arithmetic.example: 12,
+    tools.call_example: 12,
+    tools.result_example: 14,
+    tools.failure_example: 2,
+    tools.pair_example: 3,
     tools.pair_result_example: 1,
-    about.about_example: 7,
-    about.beyond_example: 3,
-    no_tool_fits: 3,
-    other_tool_wanted: 3,
+    about.about_example: 8,
+    about.beyond_example: 4,
+    no_tool_fits: 4,
+    other_tool_wanted: 4,
 }
 PLAIN: dict[Generator, float] = {arithmetic.example: 4, about.about_example: 2, about.beyond_example: 2}
+DRILL: dict[Generator, float] = {arithmetic.example: 6, about.about_example: 2, about.beyond_example: 1}
 
 
 def draw(rng: random.Random, mixture: dict[Generator, float], language: Language) -> Example:
@@ -116,6 +119,42 @@ def training_example(rng: random.Random) -> Example:
     return example
 
 
+def without_tools(rng: random.Random, language: Language, held_out: bool) -> Example:
+    """A question of the kind that a drill mixes, for a prompt that offers tools."""
+    if rng.random() < 0.5:
+        example = other_tool_wanted(rng, language, held_out)
+        example.turn.reasoning = example.turn.reasoning.removeprefix(f"{about.NO_TOOL[language]}\n")
+    else:
+        example = draw(rng, DRILL, language)
+    example.turn.reasoning = f"{about.NO_TOOL[language]}\n{example.turn.reasoning}"
+    return example
+
+
+def drill(rng: random.Random) -> list[Example]:
+    """Several questions under one prompt, each to be answered with its thought: more to learn from every token.
+
+    Most drills offer tools and ask one question for each, some also one that none of the tools is for.
+    """
+    language: Language = rng.choice(("en", "zh"))
+    if rng.random() < 0.28:
+        return [draw(rng, DRILL, language) for _ in range(rng.randint(3, 6))]
+    requests: list[tools.Request] = []
+    count = rng.choice((1, 2, 2, 3, 3))
+    while len(requests) < count:
+        asked = tools.request(rng, language, False)
+        taken = {r.about.topic for r in requests} | {r.about.name for r in requests}
+        if not taken & {asked.about.topic, asked.about.name}:
+            requests.append(asked)
+    questions = [
+        Example("tool call", language, [user(asked.text)], tools.call_turn(asked, language)) for asked in requests
+    ]
+    if rng.random() < 0.35:
+        questions.append(without_tools(rng, language, False))
+    rng.shuffle(questions)
+    questions[0].tools = [asked.tool for asked in requests]
+    return questions
+
+
 @dataclass
 class Sequence:
     """Token ids with the weight of each as a target."""
@@ -127,13 +166,39 @@ class Sequence:
 
 def encode(example: Example, tokenizer: Tokenizer, prompt_weight: float) -> Sequence:
     """Prompt and completion as the engine sees them: tokenised apart, then joined."""
-    prompt = tokenizer.encode(example.prompt(), add_special_tokens=False).ids
+    return encode_turn(example, example.prompt(), tokenizer, prompt_weight)
+
+
+def encode_turn(example: Example, prompt: str, tokenizer: Tokenizer, prompt_weight: float) -> Sequence:
+    """`example`'s turn after `prompt`."""
+    before = tokenizer.encode(prompt, add_special_tokens=False).ids
     completion = tokenizer.encode(example.completion(), add_special_tokens=False)
     digit_weight = 1.0
     if example.skill in ("sum", "product"):
         digit_weight = 0.0 if example.opening else DIGIT_WEIGHT  # without the thought the digits are a guess
     weights = [digit_weight if token.isdigit() else 1.0 for token in completion.tokens]
-    return Sequence(prompt + completion.ids, [prompt_weight] * len(prompt) + weights, example.skill)
+    return Sequence(before + completion.ids, [prompt_weight] * len(before) + weights, example.skill)
+
+
+def encode_drill(questions: list[Example], tokenizer: Tokenizer, prompt_weight: float) -> Sequence:
+    """Questions and answers in one sequence; only the first is preceded by the system's part and the tools."""
+    first, *others = questions
+    whole = encode(first, tokenizer, prompt_weight)
+    for example in others:
+        prompt = example.prompt()
+        asked = "\n\n" + prompt[prompt.index("<|im_start|>user") :]
+        turn = encode_turn(example, asked, tokenizer, prompt_weight)
+        whole = Sequence(whole.ids + turn.ids, whole.weights + turn.weights, f"drill: {first.skill}")
+    return whole
+
+
+def training_sequence(rng: random.Random, tokenizer: Tokenizer, prompt_weight: float, copying_share: float) -> Sequence:
+    """A copying exercise, a drill or a single example."""
+    if rng.random() < copying_share:
+        return copying(rng, tokenizer)
+    if rng.random() < DRILL_SHARE:
+        return encode_drill(drill(rng), tokenizer, prompt_weight)
+    return encode(training_example(rng), tokenizer, prompt_weight)
 
 
 def copying(rng: random.Random, tokenizer: Tokenizer) -> Sequence:
@@ -184,12 +249,7 @@ def batches(
     rng: random.Random, tokenizer: Tokenizer, tokens: int, prompt_weight: float, copying_share: float
 ) -> Iterator[Batch]:
     """One pool of examples as batches of at most `tokens` padded tokens, in random order."""
-    pool = [
-        copying(rng, tokenizer)
-        if rng.random() < copying_share
-        else encode(training_example(rng), tokenizer, prompt_weight)
-        for _ in range(POOL)
-    ]
+    pool = [training_sequence(rng, tokenizer, prompt_weight, copying_share) for _ in range(POOL)]
     pool = sorted((s for s in pool if len(s.ids) <= MAX_LENGTH), key=lambda s: len(s.ids))
     cut: list[list[Sequence]] = [[]]
     for sequence in pool:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from recipes.tiny.team import Team
 
-MATRIX_RATE = 0.008
-OTHER_RATE = 0.002
+MATRIX_RATE = 0.01
+MATRIX_DECAY = 0.2
+"""Weight decay of the matrices. Without it they outgrow the updates, whose size is fixed, and learning stalls."""
+OTHER_RATE = 0.003
 WARMUP_SHARE = 0.02
 DECAY_SHARE = 0.7
 """The last part of the run, in which the rate falls to zero."""
@@ -50,7 +52,7 @@ class Muon(torch.optim.Optimizer):
             self.team.add_up(updates)
             for parameter, update in zip(group["params"], updates, strict=True):
                 scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
-                parameter.add_(update, alpha=-group["lr"] * scale)
+                parameter.mul_(1 - group["lr"] * MATRIX_DECAY).add_(update, alpha=-group["lr"] * scale)
 
     def update(self, parameter: nn.Parameter, index: int, factor: float) -> Tensor:
         """The direction for one matrix; zeros if it is another process's to orthogonalise."""

@@ -25,13 +25,17 @@ PIECES = r"\p{Han}|[\p{L}&&[^\p{Han}]]+|\p{N}|\n+|[^\p{L}\p{N}\n]*[^\s\p{L}\p{N}
 
 
 def corpus(examples: int, seed: int) -> list[str]:
-    """Training text, and every listed word often enough to get a token where the vocabulary allows."""
+    """Training text, and its listed words often enough to get a token where the vocabulary allows.
+
+    A held-out word must not get one: its embedding would never be trained.
+    """
     rng = random.Random(seed)
     texts = []
     for _ in range(examples):
         example = data.training_example(rng)
         texts.append(example.prompt() + example.completion())
-    texts += [word for words_ in (*words.CITIES.values(), *words.PEOPLE.values()) for word in words_] * 3
+    names = [name for names in (*words.CITIES.values(), *words.PEOPLE.values()) for name in names]
+    texts += [name for name in names if not words.is_held_out(name)] * 3
     texts += list(words.HAN) * 20
     for topic in about.TOPICS:
         texts += [*topic.questions_en, *topic.questions_zh, topic.answer_en, topic.answer_zh] * 20

@@ -207,10 +207,10 @@ def parameters(rng: random.Random, language: Language, held_out: bool) -> list[P
     if len({p.name for p in drawn}) < len(drawn) or len({str(p.value) for p in drawn}) < len(drawn):
         return parameters(rng, language, held_out)
     for p in drawn:
-        if p.kind != "enum" and rng.random() < 0.1:
+        if p.kind != "enum" and rng.random() < 0.03:
             p.required = p.mentioned = False
         else:
-            p.required = rng.random() >= (0.2 if p.mentioned else 0.25)
+            p.required = rng.random() >= 0.06
     return drawn
 
 
@@ -256,17 +256,18 @@ def question(rng: random.Random, about: Subject, given: list[Parameter], languag
 
 
 def think_call(name: str, topic: str, given: list[Parameter], language: Language) -> str:
-    """Which tool, then each of its parameters in the schema's order with its value."""
+    """Which tool, its parameters numbered in the schema's order, then each with its value."""
     english = language == "en"
     lines = [f"This is about {topic}: {name}" if english else f"问的是{topic}：{name}"]
-    for p in given:
+    if given:
+        lines.append(" ".join(f"{number} {p.name}" for number, p in enumerate(given, 1)))
+    for number, p in enumerate(given, 1):
         value = json.dumps(p.value, ensure_ascii=False)
-        if p.mentioned:
-            lines.append(f"{p.name}: {value}")
-        elif p.required:
-            lines.append(f"{p.name}: " + (f"not said, first is {value}" if english else f"没说，取第一个 {value}"))
-        else:
-            lines.append(f"{p.name}: " + ("not said, left out" if english else "没说，不填"))
+        if p.required and not p.mentioned:
+            value = f"not said, first is {value}" if english else f"没说，取第一个 {value}"
+        elif not p.mentioned:
+            value = "not said, left out" if english else "没说，不填"
+        lines.append(f"{number} {p.name}: {value}")
     return "\n".join(lines)
 
 

@@ -37,11 +37,11 @@ REPORT_EVERY = 50
 class Plan:
     """How long and on what to train."""
 
-    steps: int = 3200
+    steps: int = 4400
     batch_tokens: int = 8192
     seed: int = 0
     tokenizer_examples: int = 12000
-    copying_until: float = 0.4
+    copying_until: float = 0.3
     """Share of the run with copying exercises among the conversations."""
     prompts_until: float = 0.35
     """Share of the run in which the prompts' tokens are weak targets too."""
@@ -108,7 +108,7 @@ class Trainer:
                 self.tokenizer,
                 self.plan.batch_tokens // self.team.size,
                 prompt_weight=0.15 if progress < self.plan.prompts_until else 0.0,
-                copying_share=0.35 if progress < self.plan.copying_until else 0.0,
+                copying_share=0.25 if progress < self.plan.copying_until else 0.0,
             )
 
     def learn(self, batch: data.Batch) -> dict[str, list[float]]:

@@ -52,11 +52,11 @@ def test_products_are_worked_out_correctly(a: int, b: int) -> None:
 
 def check_equations(thought: str) -> None:
     """Every `x+y+z=w` in a thought holds."""
-    for match in re.finditer(r"(\d+(?:[-+×]\d+)+)=(\d+)", thought):
-        terms = [int(term) if term.isdigit() else term for term in re.split(r"([-+×])", match[1])]
+    for match in re.finditer(r"(\d+(?:[-+*]\d+)+)=(\d+)", thought):
+        terms = [int(term) if term.isdigit() else term for term in re.split(r"([-+*])", match[1])]
         value = terms[0]
         for operator, term in zip(terms[1::2], terms[2::2], strict=True):
-            value = {"+": value + term, "-": value - term, "×": value * term}[operator]
+            value = {"+": value + term, "-": value - term, "*": value * term}[operator]
         assert value == int(match[2]), match[0]
 
 
@@ -188,6 +188,22 @@ def test_embedded_tokenizer_keeps_tags_and_digits_single() -> None:
     assert [tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>")] == [0, 1, 2]
     text = '4783 in "New York", 北京 <think>\n\n€'
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=True) == text
+
+
+def test_a_drill_is_its_questions_one_after_another_and_only_answers_are_targets() -> None:
+    tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    rng = random.Random(7)
+    for _ in range(60):
+        questions = data.drill(rng)
+        sequence = data.encode_drill(questions, tokenizer, 0.0)
+        text = tokenizer.decode(sequence.ids, skip_special_tokens=False)
+        assert text.startswith(questions[0].prompt())
+        assert text.count("<global_setting>") == 1
+        targets = [token for token, weight in zip(sequence.ids, sequence.weights, strict=True) if weight]
+        answers = "".join(question.completion() for question in questions)
+        assert tokenizer.decode(targets, skip_special_tokens=False) == answers
+        offered = {tool["function"]["name"] for tool in questions[0].tools}
+        assert {call.name for question in questions for call in question.turn.calls} <= offered
 
 
 # --- network and training ------------------------------------------------------------------------------------------
