@@ -15,6 +15,9 @@ from tern.server.metrics import Metrics
 from tern.server.offload import Offload
 from tern.server.options import ServerOptions
 
+WHICHEVER_MODEL = frozenset({"default", "null"})
+"""Names that FastDeploy's examples and clients send for the one model there is."""
+
 
 @dataclass(frozen=True)
 class AppState:
@@ -49,7 +52,7 @@ class AppState:
 
     def check_model(self, name: str | None) -> None:
         """Refuse a model that is not served; a request that names none means the one there is."""
-        if name is not None and name != self.model_name:
+        if name is not None and name != self.model_name and name not in WHICHEVER_MODEL:
             raise UnknownModelError(f"There is no model {name[:100]!r} here: this server serves {self.model_name!r}.")
 
     def check_ready(self) -> None:

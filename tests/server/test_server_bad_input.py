@@ -184,6 +184,13 @@ def test_an_unknown_model(server: Live) -> None:
     server.still_serves()
 
 
+@pytest.mark.parametrize("name", ["default", "null", None])
+def test_names_for_whichever_model_is_served(server: Live, name: str | None) -> None:
+    answer = server.client.post(CHAT, json={"messages": USER, "model": name, "max_tokens": 1})
+    assert answer.status_code == 200
+    assert answer.json()["model"] == "tern-test"
+
+
 def test_unknown_paths_and_methods(server: Live) -> None:
     assert refused(server.client.get("/v1/nothing"), 404)["code"] == "not_found"
     assert refused(server.client.get(CHAT), 405)["code"] == "method_not_allowed"
