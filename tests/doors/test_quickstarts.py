@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from recipes.tiny.evaluate import WEATHER_TOOL
 from tern.checkpoint import embedded_model_directory
 
 MODEL = str(embedded_model_directory())
@@ -29,25 +30,7 @@ VLLM_COMMAND = ["-m", "tern", "serve", MODEL, "--port", "0", "--max_model_len", 
 
 WEATHER: dict[str, Any] = {
     "messages": [{"role": "user", "content": "How's the weather in Beijing today?"}],
-    "tools": [
-        {
-            "type": "function",
-            "function": {
-                "name": "get_weather",
-                "description": "Determine weather in my location",
-                "parameters": {
-                    "type": "object",
-                    "properties": {
-                        "location": {"type": "string", "description": "The city and state e.g. San Francisco, CA"},
-                        "unit": {"type": "string", "enum": ["c", "f"]},
-                    },
-                    "additionalProperties": False,
-                    "required": ["location", "unit"],
-                },
-                "strict": True,
-            },
-        }
-    ],
+    "tools": [WEATHER_TOOL],
     "temperature": 0,
 }
 
