@@ -97,7 +97,9 @@ def subject(rng: random.Random, language: Language, held_out: bool) -> Subject:
         name = f"{words.made_up(rng, held_out)}_{rng.randint(1, 99)}"
     if chinese:
         verb_zh = words.DOING_VERBS_ZH[verb] if doing else rng.choice(("查询", "获取", "查找", "查看"))
-        asks = rng.choice(("帮我{}{}", "{}{}", "请{}{}", "我想{}{}")).format(verb_zh, spoken)
+        asks = rng.choice(("帮我{}{}", "{}{}", "请{}{}", "我想{}{}", "麻烦{}一下{}", "请帮我{}{}")).format(
+            verb_zh, spoken
+        )
         if not doing:
             asks = rng.choice((asks, f"{spoken}怎么样", f"我想知道{spoken}", f"告诉我{spoken}", f"{spoken}是什么情况"))
         descriptions = [f"{verb_zh}{spoken}", f"{verb_zh}{spoken}", f"{spoken}{verb_zh}工具"]
@@ -106,7 +108,9 @@ def subject(rng: random.Random, language: Language, held_out: bool) -> Subject:
         return Subject(spoken, verb, name, rng.choice(descriptions), asks)
     article = rng.choice(("the", "a", "my", "")) if doing else rng.choice(("the", "the", ""))
     phrase = " ".join(part for part in (verb, article, spoken) if part)
-    asks = rng.choice(("{}", "please {}", "can you {}", "I want to {}", "could you {} for me")).format(phrase)
+    asks = rng.choice(
+        ("{}", "please {}", "can you {}", "I want to {}", "could you {} for me", "I'd like to {}", "help me {}")
+    ).format(phrase)
     if not doing:
         asks = rng.choice(
             (asks, f"what is the {spoken}", f"how is the {spoken}", f"I need the {spoken}", f"tell me the {spoken}")
@@ -218,17 +222,24 @@ def mention(rng: random.Random, p: Parameter, language: Language, alone: bool) -
     """The words by which a question gives a value; `alone`: no other parameter is of this kind."""
     if language == "zh":
         named = [f"{p.spoken}是{p.value}", f"{p.spoken}为{p.value}", f"{p.spoken}：{p.value}", f"{p.spoken}{p.value}"]
+        named += [f"{p.spoken}用{p.value}", f"{p.spoken}要{p.value}"]
+        if p.kind in ("person", "thing"):
+            named.append(f"{p.spoken}是“{p.value}”")
         if alone and p.kind in ("enum", "place"):
             named += [f"{p.value}", f"要{p.value}的" if p.kind == "enum" else f"在{p.value}"]
         return rng.choice(named)
     named = [f"with {p.spoken} {p.value}", f"{p.spoken} {p.value}", f"{p.spoken}: {p.value}", f"{p.spoken} = {p.value}"]
-    named.append(f"the {p.spoken} is {p.value}")
+    named += [f"the {p.spoken} is {p.value}", f"set {p.spoken} to {p.value}", f"{p.spoken} should be {p.value}"]
+    named.append(f"a {p.spoken} of {p.value}")
+    if p.kind in ("person", "thing"):
+        named += [f'with {p.spoken} "{p.value}"', f"{p.spoken} '{p.value}'"]
     if p.kind == "number":
-        named += [f"{p.value} {p.spoken}", f"for {p.value} {p.spoken}"]
+        named += [f"{p.value} {p.spoken}", f"for {p.value} {p.spoken}", f"with {p.value} {p.spoken}"]
     elif alone and p.kind == "place":
         named += [f"in {p.value}", f"in {p.value}", f"for {p.value}", f"at {p.value}", f"near {p.value}"]
+        named += [f"to {p.value}", f"from {p.value}"]
     elif alone and p.kind == "person":
-        named += [f"for {p.value}", f"by {p.value}", f"from {p.value}"]
+        named += [f"for {p.value}", f"by {p.value}", f"from {p.value}", f"to {p.value}", f"with {p.value}"]
     elif alone and p.kind == "date":
         named += [f"on {p.value}"]
     elif alone and p.kind == "enum":
