@@ -6,11 +6,13 @@ Knows the engine and the text protocol; knows no HTTP. Everything runs in the ca
 from __future__ import annotations
 
 import itertools
+import logging
+import operator
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from rich.console import Console
 from rich.progress import (
@@ -46,7 +48,17 @@ from tern.engine import (
     Steering,
     TokenLogprob,
 )
-from tern.errors import InvalidRequestError
+from tern.errors import InvalidRequestError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+NO_MEANING_HERE = frozenset(
+    {"gpu_memory_utilization", "swap_space", "trust_remote_code", "enforce_eager", "disable_log_stats"}
+)
+"""Keywords of vLLM's `LLM` that change nothing here: accepted, with a line in the log."""
 
 
 class TextPrompt(TypedDict):
@@ -152,22 +164,31 @@ class LLM:
     """A model that answers prompts and chats in this process.
 
     `model` is a directory, a hub id, `dummy:PRESET` or None for the embedded model; `dtype` is "auto" (the
-    checkpoint's), "float32" or "bfloat16". Other keywords are `EngineOptions` fields. Unknown keywords raise
-    `OptionError`; a model that cannot be opened raises `CheckpointError`.
+    checkpoint's), "float32", "bfloat16" or "float16", or torch's own dtype. Other keywords are `EngineOptions` fields;
+    those of vLLM that have no meaning here (`NO_MEANING_HERE`, one-device parallelism) are accepted. Unknown keywords
+    raise `OptionError`; a model that cannot be opened raises `CheckpointError`.
     """
 
     def __init__(
         self,
         model: str | None = None,
         *,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         revision: str | None = None,
         hf_token: str | None = None,
+        tensor_parallel_size: int = 1,
         progress: bool = True,
         **engine_options: Any,
     ) -> None:
+        if tensor_parallel_size != 1:
+            raise OptionError(
+                f"tensor_parallel_size is {tensor_parallel_size}: Tern runs on one device, so leave it 1."
+            )
+        for name in NO_MEANING_HERE & engine_options.keys():
+            del engine_options[name]
+            logger.info("%s does nothing here", name)
+        options = EngineOptions.from_keywords(dtype=str(dtype).removeprefix("torch."), max_queue=None, **engine_options)
         source = resolve_model(model, revision=revision, token=hf_token, progress=progress)
-        options = EngineOptions.from_keywords(dtype=dtype, max_queue=None, **engine_options)
         self._engine = Engine.open(source, options, progress=progress)
         self._protocol = ChatProtocol.from_directory(source.directory)
         self._generation = source.generation
@@ -198,7 +219,7 @@ class LLM:
         `sampling_params` is one for all or one for each. `use_tqdm` shows a progress bar on a terminal. Raises
         `InvalidRequestError` before anything runs if any prompt or parameter is wrong.
         """
-        batch = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        batch = list(prompts) if isinstance(prompts, Iterable) and not isinstance(prompts, str | Mapping) else [prompts]
         params = self._params_for(len(batch), sampling_params)
         jobs = [self._completion_job(prompt, each) for prompt, each in zip(batch, params, strict=True)]
         return self._run(jobs, show_progress=use_tqdm)
@@ -217,8 +238,8 @@ class LLM:
         `messages` is one conversation (a list of OpenAI messages) or a list of them. `stop` strings count only after
         the thought. Raises as `generate`.
         """
-        conversations: Sequence[Conversation]
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages  # type: ignore[assignment,list-item]
+        many = isinstance(messages, list | tuple) and messages and not isinstance(messages[0], Mapping)
+        conversations: Sequence[Conversation] = messages if many else [messages]  # type: ignore[assignment,list-item]
         params = self._params_for(len(conversations), sampling_params)
         jobs = [
             self._chat_job(conversation, each, tools, chat_template_kwargs)
@@ -233,6 +254,11 @@ class LLM:
             return [self.get_default_sampling_params()] * count
         if isinstance(given, SamplingParams):
             return [given] * count
+        if not isinstance(given, Sequence) or not all(isinstance(each, SamplingParams) for each in given):
+            raise InvalidRequestError(
+                f"sampling_params is {given!r:.80}: give one SamplingParams for all, or a list with one for each.",
+                param="sampling_params",
+            )
         if len(given) != count:
             raise InvalidRequestError(
                 f"sampling_params has {len(given)} entries for {count} prompts: give one for all, or one for each.",
@@ -245,13 +271,13 @@ class LLM:
         return self._job(text, token_ids, params)
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
-        given: Mapping[str, Any] = {"prompt": prompt} if isinstance(prompt, str) else prompt
-        if "prompt_token_ids" in given:
-            return None, given["prompt_token_ids"]
+        given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
+        if (token_ids := given.get("prompt_token_ids")) is not None:
+            return None, _whole_numbers(token_ids)
         if isinstance(text := given.get("prompt"), str):
             return text, self.get_tokenizer().encode(text)
         raise InvalidRequestError(
-            f'A prompt must be text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}, but it has {sorted(given)}.',
+            f'A prompt must be text, {{"prompt": text}} or {{"prompt_token_ids": [...]}}, but it is {prompt!r:.80}.',
             param="prompts",
         )
 
@@ -343,6 +369,16 @@ class LLM:
         candidates += [token.logprob or TokenLogprob(token.token_id, 0.0, 1)]
         decode = self.get_tokenizer().token_text
         return {each.token_id: Logprob(each.logprob, each.rank, decode(each.token_id)) for each in candidates}
+
+
+def _whole_numbers(token_ids: Any) -> list[int]:
+    """The ids of a prompt, from a list or from an array of numpy or torch."""
+    try:
+        return [operator.index(token_id) for token_id in token_ids]
+    except TypeError:
+        raise InvalidRequestError(
+            f"prompt_token_ids is {token_ids!r:.80}: it must be a list of whole numbers.", param="prompt_token_ids"
+        ) from None
 
 
 class _ProgressBar:

@@ -17,27 +17,35 @@ from tern.errors import CheckpointError
 from tern.model import ErnieConfig
 
 FILE_NAME = "generation_config.json"
-MIN_POSITIVE = 1e-6
+MIN_TOP_P = 1e-6
+MIN_REPETITION_PENALTY = 0.01  # the sampler's own bound
+MAX_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """The tokens that end a text, and sampling defaults, None where the checkpoint gives none.
+    """The tokens that end a text, and the file's defaults under its own names, None where the checkpoint gives none.
 
-    `temperature` is 0 where `do_sample` is false, as transformers reads the file. `top_k` 0 or below means no limit, as
-    in transformers and vLLM.
+    `top_k` 0 or below means no limit, as in transformers and vLLM. `max_new_tokens` is for whoever generates as
+    transformers does; other doors let an answer grow as long as the model allows.
     """
 
     eos_token_ids: frozenset[int]
+    do_sample: bool | None = None
+    max_new_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
 
     def sampling_defaults(self) -> dict[str, Any]:
-        """The defaults that the checkpoint does give, by the names of sampling parameters."""
+        """The defaults that the checkpoint does give, by the names of sampling parameters.
+
+        Where it says `do_sample` false the temperature is 0, which is what transformers makes of that.
+        """
         names = ("temperature", "top_p", "top_k", "repetition_penalty")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return given | {"temperature": 0.0} if self.do_sample is False else given
 
     @classmethod
     def from_directory(cls, directory: Path, config: ErnieConfig) -> GenerationConfig:
@@ -54,10 +62,12 @@ class GenerationConfig:
         problems: list[str] = []
         generation = cls(
             eos_token_ids=_eos(raw.get("eos_token_id"), config, problems),
-            temperature=0.0 if raw.get("do_sample") is False else _number(raw, "temperature", 0.0, 10.0, problems),
-            top_p=_number(raw, "top_p", MIN_POSITIVE, 1.0, problems),
+            do_sample=_boolean(raw, "do_sample", problems),
+            max_new_tokens=_integer(raw, "max_new_tokens", 1, MAX_TOKENS, problems),
+            temperature=_number(raw, "temperature", 0.0, 10.0, problems),
+            top_p=_number(raw, "top_p", MIN_TOP_P, 1.0, problems),
             top_k=_integer(raw, "top_k", -1, 2**31 - 1, problems),
-            repetition_penalty=_number(raw, "repetition_penalty", MIN_POSITIVE, 10.0, problems),
+            repetition_penalty=_number(raw, "repetition_penalty", MIN_REPETITION_PENALTY, 10.0, problems),
         )
         if problems:
             raise CheckpointError(f"{FILE_NAME} has values that cannot be used:", problems=problems)
@@ -82,6 +92,14 @@ def _number(raw: Mapping[str, Any], key: str, low: float, high: float, problems:
         problems.append(f"{key} is {str(value)[:40]}: it must be a number from {low:g} to {high:g}")
         return None
     return float(value)
+
+
+def _boolean(raw: Mapping[str, Any], key: str, problems: list[str]) -> bool | None:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        problems.append(f"{key} is {str(value)[:40]}: it must be true or false")
+        return None
+    return value
 
 
 def _integer(raw: Mapping[str, Any], key: str, low: int, high: int, problems: list[str]) -> int | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tern.errors import InvalidRequestError
 
@@ -14,6 +14,8 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 4096
 MAX_BIASED_TOKENS = 1024
 MAX_BAD_WORDS = 1024
+GREEDY_TEMPERATURE = 1e-5  # below this the likeliest token has all the probability; dividing by it would overflow
+MIN_REPETITION_PENALTY = 0.01  # logits are divided by it: far smaller ones would leave the range of float32
 SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
@@ -50,18 +52,18 @@ class SamplingParams:
     reasoning_max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
+        object.__setattr__(self, "stop_token_ids", _listed("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "bad_words", _listed("bad_words", self.bad_words))
+        object.__setattr__(self, "logit_bias", _mapped("logit_bias", self.logit_bias))
         self._check_ranges()
         self._check_collections(stop)
 
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is taken at every step."""
-        return self.temperature == 0.0
+        return self.temperature < GREEDY_TEMPERATURE
 
     def _check_ranges(self) -> None:
         _integer("n", self.n, 1, MAX_CHOICES)
@@ -71,7 +73,9 @@ class SamplingParams:
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 10.0)
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            _boolean(name, getattr(self, name))
         if self.seed is not None:
             _integer("seed", self.seed, *SEED_RANGE)
         if self.max_tokens is not None:
@@ -102,7 +106,9 @@ class SamplingParams:
         _size("bad_words", len(self.bad_words), MAX_BAD_WORDS)
         for word in self.bad_words:
             if not isinstance(word, str) or not word:
-                raise InvalidRequestError("bad_words contains an empty word: leave it out.", param="bad_words")
+                raise InvalidRequestError(
+                    f"bad_words contains {word!r:.40}: each must be a word, as text.", param="bad_words"
+                )
         _size("logit_bias", len(self.logit_bias), MAX_BIASED_TOKENS)
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, 0, 2**31 - 1)
@@ -111,14 +117,36 @@ class SamplingParams:
 
 def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise InvalidRequestError(f"{name} is {value!r}: it must be a whole number from {low} to {high}.", param=name)
+        raise InvalidRequestError(
+            f"{name} is {value!r:.80}: it must be a whole number from {low} to {high}.", param=name
+        )
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits or not low <= value <= high or (open_low and value == low):  # type: ignore[operator]
         bounds = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
-        raise InvalidRequestError(f"{name} is {value!r}: it must be a number {bounds}.", param=name)
+        raise InvalidRequestError(f"{name} is {value!r:.80}: it must be a number {bounds}.", param=name)
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InvalidRequestError(f"{name} is {value!r:.80}: it must be true or false.", param=name)
+
+
+def _listed(name: str, value: object) -> tuple[Any, ...]:
+    """A list as a tuple; None is an empty one, and text is no list of letters."""
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequestError(f"{name} is {value!r:.80}: it must be a list.", param=name)
+    return tuple(value)
+
+
+def _mapped(name: str, value: object) -> dict[Any, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{name} is {value!r:.80}: it must map token ids to numbers.", param=name)
+    return dict(value or {})
 
 
 def _size(name: str, count: int, limit: int) -> None:

@@ -14,8 +14,6 @@ import numpy.typing as npt
 
 from tern.engine.request import Request
 
-GREEDY_TEMPERATURE = 1e-5  # below this the likeliest token has all the probability; dividing by it would overflow
-
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -82,7 +80,7 @@ class SamplingState:
         params = request.params
         self.params = params
         self.stream = stream_of(params.seed, request.choice_index)
-        self.greedy = params.temperature < GREEDY_TEMPERATURE
+        self.greedy = params.greedy
         self.truncates = params.top_k > 0 or params.top_p < 1.0
         self.min_tokens = params.min_tokens
         self.stop_ids = np.array(sorted(stop_ids), np.int64)

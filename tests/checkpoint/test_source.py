@@ -125,9 +125,16 @@ class TestGenerationConfig:
         assert found.sampling_defaults() == {key: given[key] for key in given if key != "num_beams"}
         assert self.read(tmp_path, {"top_k": 3}).sampling_defaults() == {"top_k": 3}
 
+    def test_a_file_that_says_do_sample_false_is_greedy_by_default(self, tmp_path: Path) -> None:
+        found = self.read(tmp_path, {"do_sample": False, "temperature": 0.8, "max_new_tokens": 512})
+        assert found.sampling_defaults() == {"temperature": 0.0}
+        assert (found.do_sample, found.temperature, found.max_new_tokens) == (False, 0.8, 512)
+        assert self.read(tmp_path, {"do_sample": True, "temperature": 0.8}).sampling_defaults() == {"temperature": 0.8}
+
     def test_every_impossible_value_is_listed(self, tmp_path: Path) -> None:
         wrong = {"eos_token_id": [1, 8192], "temperature": "hot", "top_p": 0, "top_k": 2.5, "repetition_penalty": True}
+        wrong |= {"do_sample": "yes", "max_new_tokens": 0}
         with pytest.raises(CheckpointError) as caught:
             self.read(tmp_path, wrong)
-        assert len(caught.value.problems) == 5
+        assert len(caught.value.problems) == 7
         assert "eos_token_id 8192 is no token: ids go from 0 to 8191" in caught.value.problems

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import tern
 from tern import LLM, SamplingParams
@@ -103,6 +107,50 @@ def test_a_wrong_prompt_refuses_the_call_and_leaves_the_model_usable(llm: LLM) -
     with pytest.raises(InvalidRequestError, match="empty"):
         llm.generate({"prompt_token_ids": []}, GREEDY)
     assert llm.generate("fine", GREEDY)[0].finished
+
+
+@pytest.mark.parametrize(
+    "prompts", [None, 5, [1, 2, 3], [[1, 2, 3]], {"prompt": 5}, {"prompt_token_ids": None}, {"prompt_token_ids": [1.5]}]
+)
+def test_what_is_no_prompt_is_refused_in_words(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="prompt"):
+        llm.generate(prompts, GREEDY)
+
+
+@pytest.mark.parametrize("messages", [None, 5, "hi", {"role": "user", "content": "hi"}, [None], [[]]])
+def test_what_is_no_conversation_is_refused_in_words(llm: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="messages"):
+        llm.chat(messages, GREEDY)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [{"max_tokens": 3}], 7])
+def test_sampling_params_must_be_what_they_are_called(llm: LLM, params: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="sampling_params"):
+        llm.generate(["a"], params)
+
+
+def test_token_ids_may_come_in_an_array(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode(PROMPTS[0])
+    [by_list] = llm.generate({"prompt_token_ids": ids}, GREEDY)
+    for array in (np.array(ids), torch.tensor(ids)):
+        [output] = llm.generate({"prompt_token_ids": array}, GREEDY)  # type: ignore[typeddict-item]
+        assert output == replace(by_list, request_id=output.request_id, num_cached_tokens=output.num_cached_tokens)
+        assert all(type(token) is int for token in output.prompt_token_ids)
+
+
+def test_keywords_of_vllm_that_mean_nothing_here_are_accepted() -> None:
+    llm = LLM(
+        dtype=torch.float32,
+        tensor_parallel_size=1,
+        gpu_memory_utilization=0.9,
+        trust_remote_code=True,
+        enforce_eager=True,
+        max_model_len=64,
+        progress=False,
+    )
+    assert llm.max_model_len == 64
+    with pytest.raises(OptionError, match="tensor_parallel_size is 2"):
+        LLM(tensor_parallel_size=2)
 
 
 def test_unknown_options_are_refused() -> None:
