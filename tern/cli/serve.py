@@ -107,19 +107,17 @@ def _open_and_run(
     from tern.chat import ChatProtocol
     from tern.checkpoint import resolve_model
     from tern.engine import Engine, EngineService
-    from tern.server import run_server
+    from tern.server import Loaded, run_server
 
-    started = time.perf_counter()
-    source = resolve_model(model, revision=revision, token=hf_token)
-    logger.info("model %s: found after %.1f s", source.name, time.perf_counter() - started)
-    engine = Engine.open(source, engine_options)
-    logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
-    protocol = ChatProtocol.from_directory(source.directory)
-    service = EngineService(engine)
-    name = server_options.served_model_name or source.name
-    run_server(
-        service, protocol, source, server_options, on_ready=lambda url: typer.echo(_TRY.format(name=name, url=url))
-    )
+    def load() -> Loaded:
+        started = time.perf_counter()
+        source = resolve_model(model, revision=revision, token=hf_token)
+        logger.info("model %s: found after %.1f s", source.name, time.perf_counter() - started)
+        engine = Engine.open(source, engine_options)
+        logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
+        return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory), source)
+
+    run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url)))
 
 
 def configure_logging(level: str) -> None:

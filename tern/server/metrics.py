@@ -1,4 +1,4 @@
-"""What Prometheus is told: vLLM's metric names under the prefix `tern:`, in a registry of the server's own.
+"""What Prometheus is told: vLLM's metric names under the prefix `tern:`, in the registry of one server.
 
 Counters that the engine keeps are read from it at every scrape; what only the server sees (times between tokens as they
 are delivered, thinking tokens, refused requests) is counted here.
@@ -34,10 +34,9 @@ _OUTCOMES = {
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, engine: EngineDoor) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(engine))
-        registry = self.registry
+    def __init__(self, engine: EngineDoor, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        registry.register(_EngineCollector(engine))
         self._outcomes = Counter(
             "tern:request_success", "Choices by how they ended.", ["finished_reason"], registry=registry
         )

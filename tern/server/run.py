@@ -1,5 +1,6 @@
 """Serving: sockets, the metrics port, signals and the end. Knows uvicorn; knows no route.
 
+listen          -> every request gets 503 while the model loads; a signal ends that at once
 SIGTERM, SIGINT -> new requests get 503, /ready says no -> what runs is finished, for at most `shutdown_timeout`
                 -> the engine stops, what is left ends with an error -> connections close -> return
 a second signal -> the last two steps at once
@@ -8,19 +9,24 @@ a second signal -> the last two steps at once
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tern.chat import ChatProtocol
-from tern.errors import OptionError
+from tern.errors import EngineUnavailableError, OptionError
 from tern.server.app import create_app
 from tern.server.engine_door import EngineDoor, ModelIdentity
+from tern.server.errors import answer_for
 from tern.server.options import ServerOptions
 from tern.server.state import AppState
 
@@ -33,40 +39,70 @@ IDLE_CONNECTION_SECONDS = 75
 """How long a connection may idle between requests: longer than the pools of common clients and proxies keep theirs."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a server answers with: an engine that is not started yet, the text protocol and the model's identity."""
+
+    engine: EngineDoor
+    protocol: ChatProtocol
+    model: ModelIdentity
+
+
 def run_server(
-    engine: EngineDoor,
-    protocol: ChatProtocol,
-    model: ModelIdentity,
+    load: Callable[[], Loaded],
     options: ServerOptions | None = None,
     *,
-    on_ready: Callable[[str], None] | None = None,
+    on_ready: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Start the engine's thread and serve until SIGTERM or SIGINT; return when everything has ended.
+    """Listen, load, start the engine's thread and serve until SIGTERM or SIGINT; return when everything has ended.
 
-    Call it on the main thread. `on_ready` is called with the server's URL once requests are taken. Raises
-    `OptionError` if an address is taken or is none of this machine's.
+    Call it on the main thread, where `load` runs too. `on_ready` is called with the model's name and the server's URL
+    once requests are taken. Raises `OptionError` if an address is taken or is none of this machine's, and whatever
+    `load` raises.
     """
     options = options or ServerOptions()
-    with listen(options.host, options.port) as listener:
-        state = AppState.create(engine, protocol, model, options)
-        with metrics_server(state):
-            server = _DrainingServer(server_config(state), engine, options.shutdown_timeout)
-            engine.start()
-            try:
-                url = _url(listener)
-                logger.info("serving %s at %s", state.model_name, url)
-                if on_ready is not None:
-                    on_ready(url)
-                server.run(sockets=[listener])
-            finally:
-                engine.stop()
-                state.offload.close()
+    gate, registry = _LoadingGate(), CollectorRegistry()
+    with (
+        listen(options.host, options.port) as listener,
+        metrics_server(options, registry),
+        ThreadPoolExecutor(1, "tern-http") as pool,
+    ):
+        server = uvicorn.Server(server_config(gate))
+        ending = _Ending(server, options.shutdown_timeout)
+        serving = pool.submit(server.run, sockets=[listener])
+        try:
+            with ending.on_signals():
+                loaded = load()
+                state = AppState.create(loaded.engine, loaded.protocol, loaded.model, options, registry)
+                with _running(state):
+                    ending.engine = loaded.engine
+                    gate.open(create_app(state))
+                    url = _url(listener)
+                    logger.info("serving %s at %s", state.model_name, url)
+                    if on_ready is not None:
+                        on_ready(state.model_name, url)
+                    serving.result()
+        except _StoppedWhileLoadingError:
+            logger.info("stopped while loading")
+        finally:
+            server.should_exit = True
 
 
-def server_config(state: AppState) -> uvicorn.Config:
+@contextmanager
+def _running(state: AppState) -> Iterator[None]:
+    """The engine's thread, which ends before the text threads do."""
+    state.engine.start()
+    try:
+        yield
+    finally:
+        state.engine.stop()
+        state.offload.close()
+
+
+def server_config(app: ASGIApp) -> uvicorn.Config:
     """How uvicorn serves the application: plain HTTP/1.1, the caller's logging, headers that tell nothing."""
     return uvicorn.Config(
-        create_app(state),
+        app,
         http="h11",
         ws="none",
         lifespan="off",
@@ -77,35 +113,68 @@ def server_config(state: AppState) -> uvicorn.Config:
     )
 
 
-class _DrainingServer(uvicorn.Server):
-    """A server that goes on answering, with 503 to new work, while the engine finishes what it has."""
+class _LoadingGate:
+    """Answers 503 until it is given the application."""
 
-    def __init__(self, config: uvicorn.Config, engine: EngineDoor, shutdown_timeout: float) -> None:
-        super().__init__(config)
-        self._engine = engine
+    def __init__(self) -> None:
+        self._app: ASGIApp | None = None
+
+    def open(self, app: ASGIApp) -> None:
+        """From now on `app` answers."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app or answer_for(EngineUnavailableError("The model is loading: try again later.")).response()
+        await app(scope, receive, send)
+
+
+class _StoppedWhileLoadingError(BaseException):
+    """A signal came before there was anything to finish; no `except Exception` on the way may swallow it."""
+
+
+class _Ending:
+    """What signals do. Until there is an `engine`: give up loading. Then: drain, and at a second signal end at once.
+
+    The server goes on answering, with 503 to new work, while the engine finishes what it has.
+    """
+
+    def __init__(self, server: uvicorn.Server, shutdown_timeout: float) -> None:
+        self.engine: EngineDoor | None = None
+        self._server = server
         self._shutdown_timeout = shutdown_timeout
         self._draining = False
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Begin to drain at the first signal, end at once at the second."""
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Handle SIGTERM and SIGINT inside the block."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.engine is None:
+            raise _StoppedWhileLoadingError
         if not self._draining:
             self._draining = True
-            logger.info("signal %d: finishing what runs, for at most %g s", sig, self._shutdown_timeout)
-            threading.Thread(target=self._drain, name="tern-drain", daemon=True).start()
+            logger.info("signal %d: finishing what runs, for at most %g s", number, self._shutdown_timeout)
+            threading.Thread(target=self._drain, args=[self.engine], name="tern-drain", daemon=True).start()
         else:
-            threading.Thread(target=self._end, name="tern-end", daemon=True).start()
+            threading.Thread(target=self._end, args=[self.engine], name="tern-end", daemon=True).start()
 
-    def _drain(self) -> None:
-        if not self._engine.drain(self._shutdown_timeout):
+    def _drain(self, engine: EngineDoor) -> None:
+        if not engine.drain(self._shutdown_timeout):
             logger.warning("some requests were not done after %g s and end now", self._shutdown_timeout)
-        self._end()
+        self._end(engine)
 
-    def _end(self) -> None:
+    def _end(self, engine: EngineDoor) -> None:
         """Stop the engine, so that open streams end with an error, and then the server."""
         try:
-            self._engine.stop()
+            engine.stop()
         finally:
-            self.should_exit = True
+            self._server.should_exit = True
 
 
 @contextmanager
@@ -121,14 +190,13 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def metrics_server(state: AppState) -> Iterator[None]:
+def metrics_server(options: ServerOptions, registry: CollectorRegistry) -> Iterator[None]:
     """/metrics on its own port, if it has one."""
-    options = state.options
     if options.metrics_port is None:
         yield
         return
     try:
-        server, thread = start_http_server(options.metrics_port, options.host.strip("[]"), state.metrics.registry)
+        server, thread = start_http_server(options.metrics_port, options.host.strip("[]"), registry)
     except OSError as error:
         raise OptionError(
             f"Cannot listen on {options.host} metrics port {options.metrics_port}: {error.strerror or error}."

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from fastapi import Request
+from prometheus_client import CollectorRegistry
 
 from tern.chat import ChatProtocol
 from tern.errors import EngineUnavailableError, UnknownModelError
@@ -36,10 +37,16 @@ class AppState:
 
     @classmethod
     def create(
-        cls, engine: EngineDoor, protocol: ChatProtocol, model: ModelIdentity, options: ServerOptions | None = None
+        cls,
+        engine: EngineDoor,
+        protocol: ChatProtocol,
+        model: ModelIdentity,
+        options: ServerOptions | None = None,
+        registry: CollectorRegistry | None = None,
     ) -> AppState:
-        """The state of a new server."""
-        return cls(engine, protocol, model, options or ServerOptions(), Metrics(engine))
+        """The state of a new server, its metrics in `registry` (default: one of their own)."""
+        metrics = Metrics(engine, CollectorRegistry() if registry is None else registry)
+        return cls(engine, protocol, model, options or ServerOptions(), metrics)
 
     @property
     def model_name(self) -> str:

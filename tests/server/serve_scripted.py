@@ -1,7 +1,8 @@
 """A process that serves the scripted engine with `run_server`, for tests that send it signals.
 
-Arguments: the tokenizer's directory and the shutdown timeout. Prints the URL when it serves. The engine answers nothing
-until a file `open` appears in the directory.
+Arguments: the tokenizer's directory, the shutdown timeout and perhaps a port. Prints the URL when it serves. It is
+loading as long as there is a file `loading` in the directory, and the engine answers nothing until a file `open`
+appears there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from server_fakes import ScriptedEngine, identity
 
 from tern.chat import ChatProtocol
-from tern.server import ServerOptions, run_server
+from tern.server import Loaded, ServerOptions, run_server
 
 
 def main() -> None:
@@ -29,8 +30,15 @@ def main() -> None:
         engine.gate.set()
 
     threading.Thread(target=open_gate, daemon=True).start()
-    options = ServerOptions(port=0, metrics_port=0, shutdown_timeout=float(sys.argv[2]))
-    run_server(engine, protocol, identity(), options, on_ready=lambda url: print(url, flush=True))
+    port = int(sys.argv[3]) if len(sys.argv) > 3 else 0
+    options = ServerOptions(port=port, metrics_port=0, shutdown_timeout=float(sys.argv[2]))
+
+    def load() -> Loaded:
+        while (directory / "loading").exists():
+            time.sleep(0.02)
+        return Loaded(engine, protocol, identity())
+
+    run_server(load, options, on_ready=lambda _, url: print(url, flush=True))
     print("ended", flush=True)
 
 

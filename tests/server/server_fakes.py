@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tern.chat import ChatProtocol
 from tern.engine import Finish, FinishReason, GeneratedToken, Request, TokenLogprob
 from tern.errors import ContextLengthError, EngineUnavailableError, QueueFullError
-from tern.server import AppState, ServerOptions
+from tern.server import AppState, ServerOptions, create_app
 from tern.server.run import listen, server_config
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
@@ -319,7 +319,7 @@ def serve(engine: Any, protocol: ChatProtocol, model: Any = None, **options: Any
     """Serve on a free loopback port until the block is left."""
     state = AppState.create(engine, protocol, model or identity(), ServerOptions(port=0, **options))
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(server_config(state))
+        server = uvicorn.Server(server_config(create_app(state)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         engine.start()

@@ -9,17 +9,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 from server_fakes import USER, ScriptedEngine, identity, write_tokenizer
 
 from tern.chat import ChatProtocol
-from tern.errors import OptionError
-from tern.server import AppState, ServerOptions, run_server
+from tern.errors import CheckpointError, OptionError
+from tern.server import AppState, Loaded, ServerOptions, run_server
 from tern.server.options import is_loopback
 from tern.server.run import metrics_server
 
@@ -83,6 +85,65 @@ def start(tmp_path: Path) -> Iterator[Any]:
         process.popen.communicate()
 
 
+def answer_while_loading(url: str) -> httpx.Response:
+    """The answer of a server that may not listen yet."""
+    while True:
+        try:
+            return httpx.get(url, timeout=60)
+        except httpx.ConnectError:
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def loading(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str, Path]]:
+    """A process that loads until the file is gone, and its URL."""
+    write_tokenizer(tmp_path)
+    flag = tmp_path / "loading"
+    flag.touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-W", "error", str(SCRIPT), str(tmp_path), "60", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
+    popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    yield popen, f"http://127.0.0.1:{port}", flag
+    if popen.poll() is None:
+        popen.kill()
+    popen.communicate()
+
+
+def test_while_the_model_loads_everything_is_503(loading: tuple[subprocess.Popen[str], str, Path]) -> None:
+    popen, url, flag = loading
+    for path in ("/health", "/ready", "/v1/models"):
+        answer = answer_while_loading(url + path)
+        assert answer.status_code == 503
+        assert "loading" in answer.json()["error"]["message"]
+        assert int(answer.headers["retry-after"]) > 0
+    flag.unlink()
+    assert popen.stdout is not None
+    assert popen.stdout.readline().strip() == url
+    assert httpx.get(url + "/ready", timeout=60).status_code == 200
+
+
+def test_a_signal_ends_the_loading(loading: tuple[subprocess.Popen[str], str, Path]) -> None:
+    popen, url, _ = loading
+    assert answer_while_loading(url).status_code == 503
+    popen.send_signal(signal.SIGTERM)
+    out, err = popen.communicate(timeout=60)
+    assert (popen.returncode, out.strip()) == (0, "ended"), err
+    assert "Traceback" not in err
+
+
+def test_a_model_that_cannot_be_loaded_frees_the_port() -> None:
+    def load() -> Loaded:
+        raise CheckpointError("It is broken.")
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="broken"):
+            run_server(load, ServerOptions(port=port))
+
+
 def read_all(connection: socket.socket) -> str:
     """What else comes on a connection until the server closes it."""
     seen = b""
@@ -132,18 +193,23 @@ def test_an_idle_server_ends_at_once(start: Any) -> None:
     process.ends_well()
 
 
-def test_a_port_that_is_taken(protocol: ChatProtocol) -> None:
+def not_reached() -> Loaded:
+    raise AssertionError("nothing is loaded for a server that cannot listen")
+
+
+def test_a_port_that_is_taken_is_found_before_anything_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OptionError, match=f"port {port}"):
-            run_server(ScriptedEngine(protocol), protocol, identity(), ServerOptions(port=port))
+            run_server(not_reached, ServerOptions(port=port))
         with pytest.raises(OptionError, match=f"metrics port {port}"):
-            run_server(ScriptedEngine(protocol), protocol, identity(), ServerOptions(port=0, metrics_port=port))
+            run_server(not_reached, ServerOptions(port=0, metrics_port=port))
 
 
 def test_metrics_on_their_own_port(protocol: ChatProtocol, caplog: pytest.LogCaptureFixture) -> None:
-    state = AppState.create(ScriptedEngine(protocol), protocol, identity(), ServerOptions(metrics_port=0))
-    with caplog.at_level(logging.INFO, "tern.server"), metrics_server(state):
+    options, registry = ServerOptions(metrics_port=0), CollectorRegistry()
+    with caplog.at_level(logging.INFO, "tern.server"), metrics_server(options, registry):
+        AppState.create(ScriptedEngine(protocol), protocol, identity(), options, registry)
         url = caplog.messages[-1].split()[-1]
         assert "tern:num_requests_running 0.0" in httpx.get(url, timeout=60).text
 
