@@ -29,7 +29,7 @@ class _Arguments:
 
     @property
     def begun(self) -> bool:
-        """The object's first key, or its end, has been seen: this is no stray brace."""
+        """The object's first value has begun, or the object is empty: this is no stray brace."""
         return self._kind in ("{", '"') and self._json.entered
 
     @property

@@ -17,6 +17,7 @@ _STRING_RUN = re.compile(r'[^"\\\x00-\x1f]*')
 _HEX = frozenset("0123456789abcdefABCDEF")
 _DIGITS = "0123456789"
 _LITERALS = {"t": "rue", "f": "alse", "n": "ull"}
+_VALUE_STARTS = frozenset('"{[-' + _DIGITS).union(_LITERALS)
 
 # A number as a small automaton: state -> (what each character leads to). States in _NUMBER_ENDS may end the number.
 _NUMBER: dict[str, dict[str, str]] = {
@@ -58,7 +59,7 @@ class JsonScanner:
         self._number = ""
         self._literal = ""
         self._hex_left = 0
-        self.entered = False  # an object's first key, or its end, has been seen
+        self.entered = False  # the first value inside an object or list has begun, or one of them has ended
 
     @property
     def done(self) -> bool:
@@ -142,7 +143,6 @@ class JsonScanner:
             case _Expect.KEY | _Expect.FIRST_KEY:
                 if char == '"':
                     self._in_key = True
-                    self.entered = True
                     return self._go(_Expect.STRING)
                 return self._close("{") if char == "}" and self._expect is _Expect.FIRST_KEY else self._fail()
             case _:
@@ -163,6 +163,9 @@ class JsonScanner:
 
     def _begin_value(self, char: str) -> int:
         self._in_key = False
+        if char not in _VALUE_STARTS:
+            return self._fail()
+        self.entered = self.entered or bool(self._open)
         if char == '"':
             return self._go(_Expect.STRING)
         if char in "{[":
@@ -173,10 +176,8 @@ class JsonScanner:
         if char in _LITERALS:
             self._literal = _LITERALS[char]
             return self._go(_Expect.LITERAL)
-        if char == "-" or char in _DIGITS:
-            self._number = {"-": "minus", "0": "zero"}.get(char, "int")
-            return self._go(_Expect.NUMBER)
-        return self._fail()
+        self._number = {"-": "minus", "0": "zero"}.get(char, "int")
+        return self._go(_Expect.NUMBER)
 
 
 _INSIDE_TOKEN = frozenset({_Expect.ESCAPE, _Expect.HEX, _Expect.NUMBER, _Expect.LITERAL})

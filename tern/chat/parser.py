@@ -41,10 +41,13 @@ RESPONSE, END_RESPONSE = "<response>", "</response>"
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 PROTOCOL_TAGS = (THINK, END_THINK, RESPONSE, END_RESPONSE, TOOL_CALL, END_TOOL_CALL)
 
+_LONGEST_TAG = max(map(len, PROTOCOL_TAGS))
 _CALL_TAGS = (TOOL_CALL, END_TOOL_CALL)
 _OPENINGS = (RESPONSE, THINK, TOOL_CALL)
 _AFTER_CALL_TAGS = (END_TOOL_CALL, TOOL_CALL, RESPONSE)
 _AFTER_CALL = re.compile("|".join(_AFTER_CALL_TAGS))
+_END_TOOL_CALL = re.compile(END_TOOL_CALL)
+_BARE = re.compile("|".join(_CALL_TAGS))
 _INK = re.compile(r"\S")
 _NOT_NEWLINE = re.compile(r"[^\n]")
 
@@ -156,7 +159,7 @@ class ResponseParser:
                 self._reason(text[at : inked.start()])
                 self._drop_newline = True  # opened again by the model: as if it were not written
                 return inked.start() + len(THINK)
-            if inked is not None and not THINK.startswith(text[inked.start() :]):
+            if inked is not None and not _is_beginning(text, inked.start(), (THINK,)):
                 self._at_start = False
         found = text.find(END_THINK, at)
         if found < 0:
@@ -182,7 +185,7 @@ class ResponseParser:
         if self._response_open and text.startswith(END_RESPONSE, stop):
             self._response_open = False
             return stop + len(END_RESPONSE)
-        if _is_beginning(text[stop:], (*_OPENINGS, END_RESPONSE) if self._response_open else _OPENINGS):
+        if _is_beginning(text, stop, (*_OPENINGS, END_RESPONSE) if self._response_open else _OPENINGS):
             return stop
         return self._enter(ParserState.BARE, stop)
 
@@ -194,7 +197,7 @@ class ResponseParser:
             if self._tool_names and text.startswith(TOOL_CALL, at):
                 self._response_open = True
                 return self._open_call(at)
-            if self._tool_names and TOOL_CALL.startswith(text[at:]):
+            if self._tool_names and _is_beginning(text, at, (TOOL_CALL,)):
                 return at
             self._at_start = False
         found = text.find(END_RESPONSE, at)
@@ -206,18 +209,17 @@ class ResponseParser:
         return self._enter(ParserState.BETWEEN, found + len(END_RESPONSE))
 
     def _step_bare(self, text: str, at: int) -> int:
-        opening = -1 if self._raw or not self._tool_names else text.find(TOOL_CALL, at)
-        closing = text.find(END_TOOL_CALL, at, len(text) if opening < 0 else opening)
-        if closing >= 0:
-            self._say_before_newlines(text[at:closing])
-            self._say(END_TOOL_CALL)
-            return self._enter(ParserState.BETWEEN, closing + len(END_TOOL_CALL))
-        if opening >= 0:
-            self._say_before_newlines(text[at:opening])
-            return self._open_call(opening)
-        stop = _held_from(text, at, (END_TOOL_CALL,) if self._raw or not self._tool_names else _CALL_TAGS)
-        self._say_before_newlines(text[at:stop])
-        return stop
+        only_text = self._raw or not self._tool_names  # here a <tool_call> opens nothing
+        found = (_END_TOOL_CALL if only_text else _BARE).search(text, at)
+        if found is None:
+            stop = _held_from(text, at, (END_TOOL_CALL,) if only_text else _CALL_TAGS)
+            self._say_before_newlines(text[at:stop])
+            return stop
+        self._say_before_newlines(text[at : found.start()])
+        if found.group() == TOOL_CALL:
+            return self._open_call(found.start())
+        self._say(END_TOOL_CALL)
+        return self._enter(ParserState.BETWEEN, found.end())
 
     def _step_call(self, text: str, at: int) -> int:
         stop = self._call.read(text, at)
@@ -350,8 +352,10 @@ def _without_newline(text: str) -> str:
     return text[:-1] if text.endswith("\n") else text
 
 
-def _is_beginning(text: str, tags: tuple[str, ...]) -> bool:
-    return any(tag.startswith(text) for tag in tags)
+def _is_beginning(text: str, at: int, tags: tuple[str, ...]) -> bool:
+    """Whether `text[at:]` may still become one of the tags. Looks at no more of it than a tag is long."""
+    rest = text[at : at + _LONGEST_TAG + 1]
+    return any(tag.startswith(rest) for tag in tags)
 
 
 def _held_from(text: str, at: int, tags: tuple[str, ...], *, newline: bool = False) -> int:
@@ -361,5 +365,5 @@ def _held_from(text: str, at: int, tags: tuple[str, ...], *, newline: bool = Fal
     """
     end = len(text)
     opening = text.rfind("<", at)
-    start = opening if opening >= 0 and _is_beginning(text[opening:], tags) else end
+    start = opening if opening >= 0 and _is_beginning(text, opening, tags) else end
     return start - 1 if newline and start > at and text[start - 1] == "\n" else start

@@ -6,21 +6,19 @@ anything with those fields.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tern.chat.messages import Message, validate_messages
+from tern.chat.control_tokens import ControlTokens
+from tern.chat.messages import validate_messages
 from tern.chat.parser import END_THINK, ParserState, state_after_prompt
 from tern.chat.template import ChatTemplate
 from tern.chat.text_stream import TextStream, ThinkingControl
 from tern.chat.tokenizer import Tokenizer
+from tern.chat.tools import validate_tools
 from tern.errors import InvalidRequestError
-
-_TEXTS = ("content", "reasoning_content")
-_PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class TextParams(Protocol):
@@ -54,10 +52,7 @@ class ChatProtocol:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        control = [text for i in tokenizer.special_ids if len(text := tokenizer.token_text(i)) > 1]
-        self._control = re.compile(rf"(?={'|'.join(map(re.escape, control))})(.)", re.DOTALL) if control else None
-        if tokenizer.strips_leading_space:
-            self._control = None  # text cannot be encoded in parts
+        self._control = ControlTokens(map(tokenizer.token_text, tokenizer.special_ids))
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ChatProtocol:
@@ -74,10 +69,11 @@ class ChatProtocol:
         """Render a conversation, ending where the model is to go on.
 
         `enable_thinking` False in `template_kwargs` closes the thought before it begins, whether or not the template
-        knows of it. Raises `InvalidRequestError`.
+        knows of it. Control tokens that messages or tools spell out are encoded as text. Raises `InvalidRequestError`.
         """
-        guarded, mark = self._guard(validate_messages(messages))
-        text = self.template.render(guarded, tools=tools, template_kwargs=template_kwargs)
+        given = [validate_messages(messages), validate_tools(tools)]
+        (guarded, guarded_tools), mark = self._control.guard(given)
+        text = self.template.render(guarded, tools=guarded_tools, template_kwargs=template_kwargs)
         thinking = (template_kwargs or {}).get("enable_thinking", True)
         if not isinstance(thinking, bool):
             raise InvalidRequestError(
@@ -86,37 +82,11 @@ class ChatProtocol:
             )
         if not thinking and state_after_prompt(text) is ParserState.REASONING:
             text = text.rstrip("\n") + f"\n\n{END_THINK}\n\n" + ("" if tools else "<response>\n")
-        parts = text.split(mark) if mark else [text]
-        token_ids = tuple(token_id for part in parts for token_id in self.tokenizer.encode(part))
-        return RenderedPrompt("".join(parts), token_ids, state_after_prompt(text))
-
-    def _guard(self, messages: list[Message]) -> tuple[list[Message], str]:
-        """Keep control tokens that are spelt out in messages from becoming control tokens.
-
-        Each gets a mark, a character that no message holds, behind its first character; where the rendered text is cut
-        at the marks, the halves encode as ordinary text. Nothing is marked ("" is returned) when no message spells
-        one, or when the tokenizer would put a space at the beginning of each part.
-        """
-        control = self._control
-        texts = [text for message in messages for key in _TEXTS if isinstance(text := message.get(key), str)]
-        if control is None or not any(control.search(text) for text in texts):
-            return messages, ""
-        used = set().union(*texts)
-        mark = next((char for char in map(chr, _PRIVATE_USE) if char not in used), None)
-        if mark is None:
-            raise InvalidRequestError(
-                "The messages spell control tokens and use every private-use character (U+E000 to U+F8FF): "
-                "leave some of them out.",
-                param="messages",
-            )
-        guarded = [
-            {
-                key: control.sub(rf"\1{mark}", value) if key in _TEXTS and value else value
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
-        return guarded, mark
+        first, *rest = text.split(mark) if mark else [text]
+        token_ids = self.tokenizer.encode(first)
+        for part in rest:
+            token_ids += self.tokenizer.encode_continuation(part)
+        return RenderedPrompt("".join([first, *rest]), tuple(token_ids), state_after_prompt(text))
 
     def plain_prompt(self, text: str) -> RenderedPrompt:
         """Text to be continued as it is."""

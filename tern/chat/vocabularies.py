@@ -68,7 +68,9 @@ class JsonVocabulary:
     def encode(self, text: str, *, allow_special: bool, add_special_tokens: bool) -> list[int]:
         """The ids of `text`."""
         encoder = self._encoder if allow_special else self._plain_encoder
-        return list(encoder.encode(text, add_special_tokens=add_special_tokens).ids)
+        # Of the library's calls only the batched ones let other threads run meanwhile.
+        (encoding,) = encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(encoding.ids)
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of text that stands behind other text: an added token in front keeps the opening space away."""

@@ -86,6 +86,11 @@ def test_rows_of_the_protocol(text, expected):
         '\n{name: "f", arguments: {}}\n',
         '\n{"name": "f", "arguments": {x: 1}}\n',
         '\n{"name": "f", "arguments": {\'x\': 1}}\n',
+        '\n{"name": "f", "arguments": {"x": }}\n',
+        '\n{"name": "f", "arguments": {"x" 1}}\n',
+        '\n{"name": "f", "arguments": {"x": True}}\n',
+        '\n{"name": "f", "arguments": {"x": \'a\'}}\n',
+        '\n{"name": "f", "arguments": "{\\"x\\": }"}\n',
         '\n{"name": "f", "arguments": [1]}\n',
         '\n{"name": "f", "arguments": 7}\n',
         '\n{"name": "f", "arguments": "no object"}\n',
@@ -183,6 +188,15 @@ def test_framing(text, expected):
     assert collect_message(stream(list(text))) == expected
 
 
+@pytest.mark.parametrize("tools", [TOOLS, None])
+@pytest.mark.parametrize("part", ["x</tool_call>", "<response>a</response>", "<think>a</think>", f"{CALL}\n"])
+def test_a_long_text_of_many_parts_takes_linear_time(part, tools):
+    """Quadratic work would take minutes here, which the suite's patience ends."""
+    got = parse_response("a</think>" + part * 30_000, tools)
+    assert len(got.tool_calls) == (30_000 if tools and part.startswith(CALL) else 0)
+    assert (got.reasoning_content or "").count("a") == (30_001 if "<think>" in part else 1)
+
+
 def test_ids_are_unique_and_only_in_the_first_delta():
     events = stream(list(f"a</think>{CALL}\n{WEATHER}"))
     deltas = [event for event in events if isinstance(event, ToolCallDelta)]
@@ -196,10 +210,9 @@ def test_ids_are_unique_and_only_in_the_first_delta():
 
 def test_a_call_is_streamed_while_it_is_written():
     parser = ResponseParser(TOOLS)
-    parser.feed('abc</think><tool_call>\n{"name": "get_weather", "arguments": {')
-    (first,) = parser.feed('"lo')
-    assert (first.name, first.arguments) == ("get_weather", '{"lo')
-    assert parser.feed('cation": "Bei') == [ToolCallDelta(0, None, None, 'cation": "Bei')]
+    parser.feed('abc</think><tool_call>\n{"name": "get_weather", "arguments": {"location": ')
+    (first,) = parser.feed('"Bei')
+    assert (first.name, first.arguments) == ("get_weather", '{"location": "Bei')
     assert parser.feed('jing"}') == [ToolCallDelta(0, None, None, 'jing"}')]
     assert parser.feed("}\n</tool_call>\n") == []
     assert parser.finish() == []
