@@ -11,6 +11,7 @@ import typer
 from tern.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from tern.chat import ParsedMessage
     from tern.cli.session import Answer, Session
 
 _HELP = """/clear  forget the conversation      /think on|off  think before answering, or not
@@ -90,29 +91,41 @@ class _Conversation:
         return True
 
     def say(self, text: str) -> None:
-        """Send a message and print the answer; a message that is refused leaves the conversation as it was."""
+        """Send a message and print the answer; each tool call's result is asked for, and the model goes on from there.
+
+        A message that is refused, and input that ends before a result, leave the conversation as it was.
+        """
+        messages = [*self._messages, {"role": "user", "content": text}]
+        calling = True
+        while calling:
+            try:
+                message = self._answer(messages)
+            except InvalidRequestError as error:
+                typer.echo(f"tern: {error}", err=True)
+                return
+            messages.append(message.as_message())
+            for call in message.tool_calls:
+                if (result := _ask(f"result of {call.name}> ")) is None:
+                    return
+                messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
+            calling = bool(message.tool_calls)
+        self._messages = messages
+
+    def _answer(self, messages: list[dict[str, Any]]) -> ParsedMessage:
         from tern.cli.terminal import AnswerPrinter
 
         printer = AnswerPrinter(sys.stdout, sys.stdout)
-        messages = [*self._messages, {"role": "user", "content": text}]
-        try:
-            answer = self._session.chat(
-                messages,
-                self._session.sampling(**self._params),
-                printer,
-                tools=self._tools,
-                template_kwargs=None if self._thinking else {"enable_thinking": False},
-            )
-        except InvalidRequestError as error:
-            typer.echo(f"tern: {error}", err=True)
-            return
+        answer = self._session.chat(
+            messages,
+            self._session.sampling(**self._params),
+            printer,
+            tools=self._tools,
+            template_kwargs=None if self._thinking else {"enable_thinking": False},
+        )
         printer.end()
         if sys.stdout.isatty():
             typer.echo(typer.style(_figures(answer), dim=True))
-        self._messages = [*messages, answer.message.as_message()]
-        for call in answer.message.tool_calls:
-            result = _ask(f"result of {call.name}> ")
-            self._messages.append({"role": "tool", "tool_call_id": call.id, "content": result or ""})
+        return answer.message
 
 
 def _ask(prompt: str = "> ") -> str | None:
