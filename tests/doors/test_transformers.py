@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -79,6 +82,121 @@ def test_sampling_is_repeatable_and_returns_every_sequence(tokenizer: TernTokeni
     assert len({tuple(row) for row in first.tolist()}) > 1
 
 
+@pytest.mark.parametrize("add_special_tokens", [True, False])
+def test_what_a_checkpoint_puts_around_a_text_is_put_there(tmp_path: Path, add_special_tokens: bool) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
+        (tmp_path / file).write_bytes((embedded_model_directory() / file).read_bytes())
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [begin, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    ours, original = AutoTokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours("Hello") == dict(original("Hello"))
+    expected = original("Hello", add_special_tokens=add_special_tokens)
+    assert ours("Hello", add_special_tokens=add_special_tokens) == dict(expected)
+    assert ours.apply_chat_template(QUESTION).input_ids.count(1) == 0, "a template writes its own"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_stands_on_the_side_asked_for(side: str) -> None:
+    ours = AutoTokenizer.from_pretrained(MODEL, padding_side=side)
+    original = transformers.AutoTokenizer.from_pretrained(MODEL, padding_side=side)
+    texts = ["Hello", "What is 3 + 4?"]
+    mine, theirs = (each(texts, return_tensors="pt", padding=True) for each in (ours, original))
+    assert mine.input_ids.tolist() == theirs.input_ids.tolist()
+    assert mine.attention_mask.tolist() == theirs.attention_mask.tolist()
+    with pytest.raises(OptionError, match="'top'"):
+        AutoTokenizer.from_pretrained(MODEL, padding_side="top")
+
+
+def test_several_conversations_render_as_in_transformers(tokenizer: TernTokenizer) -> None:
+    original = transformers.AutoTokenizer.from_pretrained(MODEL, padding_side="left")
+    chats = [QUESTION, [{"role": "user", "content": "你好"}]]
+    for arguments in (
+        {"tokenize": False},
+        {"return_dict": False},
+        {"padding": True, "return_tensors": "pt", "return_dict": False},
+    ):
+        ours, expected = (
+            each.apply_chat_template(chats, add_generation_prompt=True, **arguments) for each in (tokenizer, original)
+        )
+        as_lists = [each.tolist() if isinstance(each, torch.Tensor) else each for each in (ours, expected)]
+        assert as_lists[0] == as_lists[1]
+
+
+def test_generation_configs_give_what_they_give_in_transformers(
+    tokenizer: TernTokenizer, model: TernForCausalLM, theirs: transformers.PreTrainedModel
+) -> None:
+    inputs = tokenizer(["What is 3 + 4?"], return_tensors="pt")
+    width = inputs.input_ids.shape[1]
+    config = transformers.GenerationConfig(max_new_tokens=12, min_new_tokens=12, repetition_penalty=1.3)
+    for ours in (config, config.to_dict()):
+        generated = model.generate(**inputs, generation_config=ours)
+        assert generated.tolist() == theirs.generate(**inputs, generation_config=config).tolist()
+    assert model.generate(inputs.input_ids, config, max_new_tokens=14).shape == (1, width + 14)  # keywords come first
+    ended = model.generate(**inputs, max_new_tokens=20, min_new_tokens=3, eos_token_id=list(range(2000)))
+    assert ended.shape == (1, width + 4)
+    assert model.generate(**inputs, max_length=width + 5, min_new_tokens=5).shape == (1, width + 5)
+
+
+def test_what_nobody_says_comes_from_the_checkpoint(
+    tokenizer: TernTokenizer, model: TernForCausalLM, theirs: transformers.PreTrainedModel, tmp_path: Path
+) -> None:
+    inputs = tokenizer(["Hello"], return_tensors="pt")
+    assert model.generate(**inputs).tolist() == theirs.generate(**inputs).tolist()  # 512 tokens at most, greedily
+    for file in embedded_model_directory().iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink()
+    for generation, samples in (({"do_sample": True, "temperature": 5.0}, True), ({"temperature": 5.0}, False)):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **generation}))
+        other = AutoModelForCausalLM.from_pretrained(tmp_path)
+        rows = other.generate(**inputs, min_new_tokens=20, num_return_sequences=4, seed=1)
+        assert rows.shape == (4, inputs.input_ids.shape[1] + 20)
+        assert (len({tuple(row) for row in rows.tolist()}) > 1) == samples
+        asked = other.generate(**inputs, min_new_tokens=20, num_return_sequences=4, seed=1, do_sample=True)
+        assert len({tuple(row) for row in asked.tolist()}) > 1
+
+
+def test_a_streamer_is_told_what_transformers_would_tell_it(
+    tokenizer: TernTokenizer, model: TernForCausalLM, theirs: transformers.PreTrainedModel
+) -> None:
+    class Recorder(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.told: list[object] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.told.append(value.tolist())
+
+        def end(self) -> None:
+            self.told.append("end")
+
+    inputs = tokenizer("What is 3 + 4?", return_tensors="pt")
+    ours, expected = Recorder(), Recorder()
+    generated = model.generate(**inputs, max_new_tokens=12, streamer=ours)
+    theirs.generate(**inputs, max_new_tokens=12, do_sample=False, streamer=expected)
+    assert ours.told == expected.told
+    text = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=12, streamer=text)
+    completion = generated[0, inputs.input_ids.shape[1] :]
+    assert "".join(text) == tokenizer.decode(completion, skip_special_tokens=True)
+    with pytest.raises(InvalidRequestError, match="streamer was given with 2 sequences"):
+        model.generate(**inputs, num_return_sequences=2, streamer=ours)
+
+    class Broken(Recorder):
+        def put(self, value: torch.Tensor) -> None:
+            if value.dim() == 1:
+                raise BrokenPipeError("gone")
+
+    with pytest.raises(BrokenPipeError):
+        model.generate(**inputs, max_new_tokens=12, streamer=Broken())
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+
+
 def test_mistakes_are_named(tokenizer: TernTokenizer, model: TernForCausalLM) -> None:
     with pytest.raises(OptionError, match="quantization_config"):
         AutoModelForCausalLM.from_pretrained(MODEL, quantization_config={})
@@ -92,5 +210,17 @@ def test_mistakes_are_named(tokenizer: TernTokenizer, model: TernForCausalLM) ->
         model.generate(torch.tensor([1, 2, 3]))
     with pytest.raises(InvalidRequestError, match="max_tokens"):
         model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=0)
-    with pytest.raises(TypeError, match="num_beams"):
+    with pytest.raises(InvalidRequestError, match="float32"):
+        model.generate(torch.tensor([[1.5, 2.0]]))
+    with pytest.raises(InvalidRequestError, match="list"):
+        model.generate([[1, 2]])  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequestError, match="max_length is 3 but the prompt alone has 3 tokens"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_length=3)
+    with pytest.raises(OptionError, match="num_beams is 4"):
         model.generate(torch.tensor([[1, 2, 3]]), num_beams=4)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match="num_beams is 4"):
+        model.generate(torch.tensor([[1, 2, 3]]), transformers.GenerationConfig(num_beams=4))
+    with pytest.raises(OptionError, match="max_new_tokns"):
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokns=4)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match="generation_config is 7"):
+        model.generate(torch.tensor([[1, 2, 3]]), 7)
