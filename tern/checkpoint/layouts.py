@@ -12,6 +12,7 @@ Knows every name that a loader meets; knows no files and no sizes. Four layouts 
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -144,12 +145,18 @@ def has_experts(target: str) -> bool:
     return any(rule.expert_wise for rule in _rules_for(target))
 
 
-def usual_name(target: str, part: str | None, expert: int | None) -> str:
-    """The name under which PT checkpoints store this part of a canonical tensor."""
-    rule = next(rule for rule in _rules_for(target) if rule.part == part and rule.expert_wise == (expert is not None))
+def name_of(target: str, part: str | None, expert: int | None, *, known: Set[str], prefix: str) -> str:
+    """The name under which a checkpoint would store this part of a canonical tensor, with `prefix` before it.
+
+    `known` are the sources of the rules that other tensors of the checkpoint follow: a layout that is in use there
+    gives the name, otherwise PT's.
+    """
+    candidates = [rule for rule in _rules_for(target) if rule.part in (part, None)]
+    exact = [rule for rule in candidates if rule.part == part and rule.expert_wise == (expert is not None)]
+    rule = next((rule for rule in candidates if rule.source in known), exact[0])
     layer = _LAYER.search(target)
     name = rule.source.replace(".experts.#.", f".experts.{expert}.").replace("#", layer[1] if layer else "#")
-    return name if name.startswith("lm_head") else f"model.{name}"
+    return name if name.startswith("lm_head") else prefix + name
 
 
 @lru_cache(maxsize=4096)

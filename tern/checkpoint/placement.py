@@ -9,15 +9,18 @@ all were square would the prefix `ernie.` decide. A weight that contradicts the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
+from functools import partial
 
-from tern.checkpoint.layouts import UNUSED, Kind, Match, has_experts, match_name, parts_of, usual_name
+from tern.checkpoint.layouts import UNUSED, Kind, Match, has_experts, match_name, name_of, parts_of
 from tern.checkpoint.problems import Problems
 from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, TensorEntry
 from tern.model import OPTIONAL_PARAMETERS, ErnieConfig
 
 Shape = tuple[int, ...]
+
+SHOWN_PARTS = 6  # missing parts of one tensor that are named before the rest is counted
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def _cells(match: Match, shape: Shape) -> set[_Cell]:
 
 
 def _check_cover(
-    candidates: Iterable[_Candidate], lost: Iterable[Match], shapes: Mapping[str, Shape], problems: Problems
+    candidates: Collection[_Candidate], lost: Iterable[Match], shapes: Mapping[str, Shape], problems: Problems
 ) -> None:
     """Every canonical tensor must be filled, and no part of it twice."""
     filled: dict[str, dict[_Cell, str]] = defaultdict(dict)
@@ -134,19 +137,27 @@ def _check_cover(
     for match in lost:
         if match.target in shapes:
             filled[match.target] |= dict.fromkeys(_cells(match, shapes[match.target]), "an unreadable file")
+    name = partial(
+        name_of,
+        known={candidate.match.rule.source for candidate in candidates},
+        prefix="ernie." if any(candidate.entry.name.startswith("ernie.") for candidate in candidates) else "model.",
+    )
     has_mtp = any(target.startswith("mtp.") for target in filled)
     for target, shape in shapes.items():
         if target not in OPTIONAL_PARAMETERS and (has_mtp or not target.startswith("mtp.")):
-            _check_filled(target, shape, filled[target], problems)
+            _check_filled(target, shape, filled[target], name, problems)
 
 
-def _check_filled(target: str, shape: Shape, filled: Mapping[_Cell, str], problems: Problems) -> None:
-    """Report the parts of a canonical tensor that nothing fills, under the names that PT checkpoints give them."""
+def _check_filled(
+    target: str, shape: Shape, filled: Mapping[_Cell, str], name: Callable[..., str], problems: Problems
+) -> None:
+    """Report the parts of a canonical tensor that nothing fills, under the names that the checkpoint gives them."""
     experts: Iterable[int | None] = range(shape[0]) if has_experts(target) else (None,)
     absent = [(part, expert) for expert in experts for part in parts_of(target) if (expert, part) not in filled]
-    if absent:
-        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        problems.add("missing", f"{usual_name(target, *absent[0])}{others}, needed for {target} {list(shape)}")
+    names = list(dict.fromkeys(name(target, *cell) for cell in absent))
+    if names:
+        others = f" and {len(names) - SHOWN_PARTS} more" if len(names) > SHOWN_PARTS else ""
+        problems.add("missing", f"{', '.join(names[:SHOWN_PARTS])}{others}, needed for {target} {list(shape)}")
 
 
 def _is_transposed(candidates: Iterable[_Candidate]) -> bool:

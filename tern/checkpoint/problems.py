@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from tern.errors import CheckpointError
 
-SHOWN_PER_KIND = 8
+SHOWN_PER_KIND = 20
 
 
 class Problems:

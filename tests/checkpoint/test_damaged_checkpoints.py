@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_writer import Tensors, fused_tensors, moe_model, pt_tensors, write_checkpoint
+from checkpoint_writer import Tensors, fused_tensors, moe_model, paddle_tensors, pt_tensors, write_checkpoint
 from safetensors.torch import save_file
 
 from tern.checkpoint import load_tensors, resolve_model
+from tern.checkpoint.placement import SHOWN_PARTS
 from tern.checkpoint.problems import SHOWN_PER_KIND
 from tern.errors import CheckpointError, UnsupportedConfigError
 
@@ -65,8 +66,35 @@ def test_missing_parts_are_named_by_their_usual_names(write: Callable[[Tensors],
         del tensors[f"model.layers.2.mlp.experts.3.{projection}_proj.weight"]
     text = complaint(write(tensors))
     assert "missing: model.layers.1.self_attn.v_proj.weight, needed for layers.1.attn.qkv.weight [64, 32]" in text
-    assert "missing: model.layers.2.mlp.experts.3.gate_proj.weight and 1 more, needed for layers.2.moe.gate_up" in text
+    both = ", ".join(f"model.layers.2.mlp.experts.3.{projection}_proj.weight" for projection in ("gate", "up"))
+    assert f"missing: {both}, needed for layers.2.moe.gate_up" in text
     assert "missing: model.layers.2.mlp.experts.3.down_proj.weight, needed for layers.2.moe.down [4, 32, 24]" in text
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (fused_tensors, "model.layers.2.mlp.experts.gate_up_proj"),
+        (fused_tensors, "model.layers.2.mlp.gate.moe_statics.e_score_correction_bias"),
+        (paddle_tensors, "ernie.layers.2.mlp.experts.3.up_gate_proj.weight"),
+        (paddle_tensors, "ernie.layers.0.self_attn.qkv_proj.weight"),
+        (paddle_tensors, "ernie.norm.weight"),
+        (pt_tensors, "model.layers.1.mlp.moe_statics.e_score_correction_bias"),
+    ],
+)
+def test_what_is_missing_is_called_as_the_layout_calls_it(
+    write: Callable[[Tensors], Path], layout: Callable[[torch.nn.Module], Tensors], name: str
+) -> None:
+    tensors = layout(moe_model())
+    del tensors[name]
+    text = complaint(write(tensors))
+    assert "1 problem was found" in text
+    assert f"missing: {name}, needed for " in text
+
+
+def test_a_layer_that_is_missing_whole_is_counted(write: Callable[[Tensors], Path]) -> None:
+    tensors = {name: value for name, value in pt_tensors(moe_model()).items() if ".layers.2.mlp.experts" not in name}
+    assert f"and {2 * 4 - SHOWN_PARTS} more, needed for layers.2.moe.gate_up [4, 48, 32]" in complaint(write(tensors))
 
 
 def test_long_lists_end_in_a_count(write: Callable[[Tensors], Path]) -> None:

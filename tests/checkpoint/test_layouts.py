@@ -24,7 +24,7 @@ from checkpoint_writer import (
 )
 
 from tern.checkpoint import PRESETS, load_model, load_tensors, resolve_model
-from tern.checkpoint.layouts import has_experts, match_name, parts_of, usual_name
+from tern.checkpoint.layouts import has_experts, match_name, name_of, parts_of
 from tern.errors import CheckpointError, OptionError
 from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, parameter_shapes
 from tests.compare import assert_close
@@ -290,7 +290,7 @@ def test_every_parameter_has_a_name_in_files_that_leads_back_to_it(preset: str) 
     for target, shape in parameter_shapes(config).items():
         for part in parts_of(target):
             expert = shape[0] - 1 if has_experts(target) else None
-            match = match_name(usual_name(target, part, expert))
+            match = match_name(name_of(target, part, expert, known=frozenset(), prefix="model."))
             assert match is not None
             assert (match.target, match.rule.part, match.expert) == (target, part, expert)
 
