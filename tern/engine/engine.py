@@ -162,6 +162,7 @@ class Engine:
                 raise InvalidRequestError("bad_words contains an empty word: leave it out.", param="bad_words")
         self._check_length(len(prompt), params.max_tokens)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
+        self._check_choice(request, stop_ids)
         wanted = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
         sequence = Sequence(request, max_length=wanted, stop_ids=stop_ids, sampling=SamplingState(request, stop_ids))
         self.pool.extend_digests(sequence)
@@ -241,6 +242,18 @@ class Engine:
                 f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together "
                 f"{num_prompt + max_tokens}, but the model's length is {limit}: "
                 f"shorten the prompt or set max_tokens to at most {limit - num_prompt}."
+            )
+
+    def _check_choice(self, request: Request, stop_ids: frozenset[int]) -> None:
+        """Refuse a request that forbids its first token whatever the model says."""
+        banned = {words[0] for words in request.bad_token_sequences if len(words) == 1}
+        if request.params.min_tokens > 0:
+            banned |= stop_ids
+        if len(banned) >= self.vocab_size:
+            raise InvalidRequestError(
+                f"bad_words and the end tokens that min_tokens holds back are all {self.vocab_size} tokens there are: "
+                "forbid fewer.",
+                param="min_tokens" if request.params.min_tokens > 0 else "bad_words",
             )
 
     def _compute(self, chunks: Ordered[Chunk]) -> list[GeneratedToken | str] | None:

@@ -50,7 +50,7 @@ class EngineService:
         self._engine = engine
         self._changed = threading.Condition()  # guards what follows
         self._submitted: dict[str, Sequence] = {}  # not yet with the engine
-        self._cancelled: list[str] = []
+        self._cancelled: list[Sequence] = []
         self._idle = True
         self._state = ServiceState.STARTING
         self._beat = time.monotonic()
@@ -101,9 +101,10 @@ class EngineService:
     def cancel(self, request_id: str) -> bool:
         """Take a request back; its work stops within one step. False if it is not known (any more)."""
         with self._changed:
-            if not self._is_open(request_id):
+            sequence = self._submitted.get(request_id) or self._engine.sequences.get(request_id)
+            if sequence is None:
                 return False
-            self._cancelled.append(request_id)
+            self._cancelled.append(sequence)
             self._changed.notify_all()
             return True
 
@@ -162,8 +163,9 @@ class EngineService:
             if self._idle:
                 self._rest()
                 return True
-        for request_id in cancelled:
-            self._engine.cancel(request_id)
+        for sequence in cancelled:
+            if self._engine.sequences.get(sequence.request_id) is sequence:  # else it ended, and its id may be reused
+                self._engine.cancel(sequence.request_id)
         self._engine.step()
         if self._engine.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             raise RuntimeError(f"{self._engine.consecutive_failures} steps in a row failed")

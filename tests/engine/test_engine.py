@@ -299,6 +299,18 @@ def test_logits_that_are_not_finite_end_one_request() -> None:
         ([5], {"bad_token_sequences": ((),)}, InvalidRequestError, "bad_words"),
         ([5] * LENGTH, {"max_tokens": None}, ContextLengthError, f"{LENGTH} tokens.*length is {LENGTH}"),
         ([5] * 90, {"max_tokens": 7}, ContextLengthError, f"90 tokens.*is 7, together 97.*{LENGTH}.*at most 6"),
+        (
+            [5],
+            {"stop_token_ids": list(range(VOCAB)), "min_tokens": 1},
+            InvalidRequestError,
+            f"all {VOCAB} tokens there are",
+        ),
+        (
+            [5],
+            {"bad_token_sequences": tuple((token,) for token in range(VOCAB))},
+            InvalidRequestError,
+            f"all {VOCAB} tokens there are",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_and_not_queued(

@@ -132,6 +132,24 @@ def test_cancelling_ends_a_request_within_one_step(service: EngineService, targe
     assert not service.cancel("never seen")
 
 
+def test_a_cancellation_that_comes_too_late_spares_the_next_request_of_that_id(service: EngineService) -> None:
+    again = Waiter()
+
+    class LastToken(Waiter):
+        """Is cancelled within its last step, and sends a request of the same id as soon as it has ended."""
+
+        def push(self, token: GeneratedToken) -> Steering:
+            assert service.cancel("same")
+            return super().push(token)
+
+        def finish(self, finish: Finish) -> None:
+            super().finish(finish)
+            service.submit(make_request("same", [8, 9], sink=again, ignore_eos=True))
+
+    service.submit(make_request("same", [5, 6, 7], sink=LastToken(), max_tokens=1, ignore_eos=True))
+    assert again.result().reason is FinishReason.LENGTH
+
+
 def test_an_idle_engine_sleeps_and_its_heart_beats(service: EngineService) -> None:
     submit(service, "only").result()
     steps = service.stats().steps
