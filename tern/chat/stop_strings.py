@@ -7,6 +7,23 @@ character and string, and the automaton's state is how much of the text's end ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+
+
+@lru_cache(maxsize=256)
+def _borders(string: str) -> tuple[int, ...]:
+    """Of the first 1, 2, ... characters: how long a proper beginning is also their end.
+
+    The choices of a request share these tables.
+    """
+    borders = [0] * len(string)
+    border = 0
+    for i in range(1, len(string)):
+        while border and string[i] != string[border]:
+            border = borders[border - 1]
+        border += string[i] == string[border]
+        borders[i] = border
+    return tuple(borders)
 
 
 class _Matcher:
@@ -15,13 +32,7 @@ class _Matcher:
     def __init__(self, string: str) -> None:
         self.string = string
         self.matched = 0
-        self._fallback = [0] * len(string)  # [i]: the longest border of the first i + 1 characters
-        border = 0
-        for i in range(1, len(string)):
-            while border and string[i] != string[border]:
-                border = self._fallback[border - 1]
-            border += string[i] == string[border]
-            self._fallback[i] = border
+        self._fallback = _borders(string)
 
     def advance(self, char: str) -> bool:
         """Take one character; whether it completes the string."""

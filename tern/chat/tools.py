@@ -25,7 +25,8 @@ _SCHEMA_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames",
             "unevaluatedItems", "unevaluatedProperties")  # fmt: skip
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
-_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
+_NUMBERS = ("minimum", "maximum", "multipleOf")
+_EXCLUSIVE = ("exclusiveMinimum", "exclusiveMaximum")  # true or false in draft 4, where OpenAPI 3.0 has them from
 _TEXTS = ("title", "description", "pattern", "format", "$ref", "$id", "$schema", "$comment")
 
 
@@ -108,7 +109,8 @@ def _check_parameters(schema: object, path: str, budget: _Budget) -> None:
 
 
 def check_schema(schema: object, path: str, budget: _Budget | None = None, depth: int = 0) -> None:
-    """Check that `schema` has the shape of a JSON Schema (draft 2020-12; keywords it does not know may stand in it).
+    """Check that `schema` has the shape of a JSON Schema (draft 2020-12, and what drafts 4 to 7 write otherwise;
+    keywords that are unknown may stand in it).
 
     Raises `InvalidRequestError` that names the place of the first fault, or the limit of depth or size.
     """
@@ -126,11 +128,13 @@ def check_schema(schema: object, path: str, budget: _Budget | None = None, depth
     for key in _SCHEMA_MAPS:
         for name, each in _map(schema, key, path).items():
             check_schema(each, f"{path}.{key}.{name}", budget, depth + 1)
-    for key in _SCHEMA_LISTS:
+    # Before draft 2020-12 a list of `items` was what prefixItems is now, and many tools still come so.
+    tuples = ("items",) if isinstance(schema.get("items"), list) else ()
+    for key in (*_SCHEMA_LISTS, *tuples):
         for index, each in enumerate(_list(schema, key, path)):
             check_schema(each, f"{path}.{key}[{index}]", budget, depth + 1)
     for key in _SCHEMAS:
-        if key in schema:
+        if key in schema and key not in tuples:
             check_schema(schema[key], f"{path}.{key}", budget, depth + 1)
 
 
@@ -149,9 +153,9 @@ def _check_keywords(schema: Mapping[str, Any], path: str) -> None:
         value = schema.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise _wrong(f"{path}.{key}", value, "it must be a whole number of at least 0")
-    for key in _NUMBERS:
+    for key in (*_NUMBERS, *_EXCLUSIVE):
         value = schema.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not isinstance(value, int | float) or (isinstance(value, bool) and key in _NUMBERS):
             raise _wrong(f"{path}.{key}", value, "it must be a number")
     for key in _TEXTS:
         if not isinstance(schema.get(key, ""), str):

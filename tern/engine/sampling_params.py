@@ -12,6 +12,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 4096
+MAX_STOP_TOKENS = 1024
 MAX_BIASED_TOKENS = 1024
 MAX_BAD_WORDS = 1024
 GREEDY_TEMPERATURE = 1e-5  # below this the likeliest token has all the probability; dividing by it would overflow
@@ -101,6 +102,7 @@ class SamplingParams:
                     f"each stop string must be text of 1 to {MAX_STOP_LENGTH} characters.",
                     param="stop",
                 )
+        _size("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS)
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
         _size("bad_words", len(self.bad_words), MAX_BAD_WORDS)

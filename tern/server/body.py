@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from fastapi import Request
@@ -17,6 +16,9 @@ from tern.server.errors import BodyTooLargeError
 from tern.server.offload import Offload
 
 JsonObject = dict[str, Any]
+
+MAX_DEPTH = 200
+"""Levels of lists and objects in a body: what handles them later may recurse."""
 
 
 class Body(NamedTuple):
@@ -76,7 +78,7 @@ def parse_json_object(raw: bytes) -> JsonObject:
             f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.", code="invalid_json"
         ) from None
     except RecursionError:
-        raise InvalidRequestError("The body's JSON is nested too deeply.", code="invalid_json") from None
+        raise _too_deep() from None
     except ValueError:
         raise InvalidRequestError(
             "The body's JSON has a whole number with too many digits.", code="invalid_json"
@@ -92,14 +94,16 @@ _CHECKED = (float, str, dict, list)
 
 
 def _check_leaves(root: JsonObject) -> None:
-    """Refuse numbers that JSON does not have and text that UTF-8 cannot hold, wherever they stand.
+    """Refuse numbers that JSON does not have, text that UTF-8 cannot hold and deep nesting, wherever they stand.
 
     Python's json reads `NaN`, `1e999` and lone surrogates such as `"\\ud800"`; a template or a tokenizer would fail on
     them much later.
     """
-    pending: list[tuple[str, Any]] = [("", root)]
+    pending: list[tuple[str, int, Any]] = [("", 1, root)]
     while pending:
-        path, value = pending.pop()
+        path, depth, value = pending.pop()
+        if depth > MAX_DEPTH and isinstance(value, dict | list):
+            raise _too_deep()
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidRequestError(f"{path} is {value}: it must be a finite number.", param=path or None)
         if isinstance(value, str):
@@ -107,13 +111,16 @@ def _check_leaves(root: JsonObject) -> None:
         elif isinstance(value, dict):
             for key in value:
                 _check_text(path, key)
-            pending.extend(_children(path, value))
+            pending.extend((f"{path}.{key}" if path else key, depth + 1, item) for key, item in value.items())
         elif isinstance(value, list):
-            pending.extend((f"{path}[{at}]", item) for at, item in enumerate(value) if isinstance(item, _CHECKED))
+            items = ((at, item) for at, item in enumerate(value) if isinstance(item, _CHECKED))
+            pending.extend((f"{path}[{at}]", depth + 1, item) for at, item in items)
 
 
-def _children(path: str, value: JsonObject) -> Iterable[tuple[str, Any]]:
-    return ((f"{path}.{key}" if path else key, item) for key, item in value.items())
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(
+        f"The body's JSON is nested too deeply: at most {MAX_DEPTH} levels are read.", code="invalid_json"
+    )
 
 
 def _check_text(path: str, text: str) -> None:

@@ -127,7 +127,7 @@ class ChunkWriter:
         self._generated += sum(update.token is not None for update in updates)
         for index, progress in by_choice(updates).items():
             self._held[index] += progress.tokens
-            for event in progress.events:
+            for event in progress.joined_events():
                 self._called[index] |= isinstance(event, ToolCallDelta)
                 yield sse(self._chunk([self._delta(index, delta_of(event), {"finish_reason": None})]))
             if progress.ending is not None:

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 
 from tern.chat import ParserState, RenderedPrompt, ResponseParser, bad_word_sequences, validate_tools
 from tern.engine import SamplingParams
+from tern.errors import InvalidRequestError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
@@ -72,12 +73,15 @@ def _read(state: AppState, fields: JsonObject) -> Asked:
 
 
 def _sampling(state: AppState, request: ChatRequest) -> SamplingParams:
-    return request.sampling_params(
-        state.model.generation.sampling_defaults(),
-        max_tokens=request.token_limit,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        reasoning_max_tokens=_thought_limit(request),
-    )
+    try:
+        return request.sampling_params(
+            state.model.generation.sampling_defaults(),
+            max_tokens=request.token_limit,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            reasoning_max_tokens=_thought_limit(request),
+        )
+    except InvalidRequestError as error:
+        raise request.named(error) from None
 
 
 def _thought_limit(request: ChatRequest) -> int | None:

@@ -32,6 +32,7 @@ class CompletionShape:
     echoes: tuple[str, ...]
     choices_each: int
     num_top: int | None
+    skip_special_tokens: bool
     token_ids: bool
     usage_at_end: bool
     usage_always: bool
@@ -55,6 +56,10 @@ class CompletionShape:
             "choices": choices,
         }
 
+    def logprobs(self, num_top: int) -> LegacyLogprobs:
+        """What makes the log-probabilities of one choice."""
+        return LegacyLogprobs(self.tokenizer, num_top, skip_special_tokens=self.skip_special_tokens)
+
     def usage(self, endings: dict[int, Ending]) -> JsonObject:
         """The usage of all choices, once all have ended."""
         each = self.choices_each
@@ -70,7 +75,7 @@ class ChoiceWriter:
         self._shape = shape
         self._index = index
         self._echo = shape.echoes[shape.prompt_of(index)]
-        self._logprobs = None if shape.num_top is None else LegacyLogprobs(shape.tokenizer, shape.num_top)
+        self._logprobs = None if shape.num_top is None else shape.logprobs(shape.num_top)
         self._begun = False
         self._held: list[GeneratedToken] = []
 

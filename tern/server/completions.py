@@ -100,6 +100,7 @@ def _shape(state: AppState, asked: Asked) -> CompletionShape:
         echoes=tuple(asked.echoes),
         choices_each=asked.request.n,
         num_top=asked.request.logprobs,
+        skip_special_tokens=asked.request.skip_special_tokens,
         token_ids=asked.request.return_token_ids,
         usage_at_end=asked.request.usage_at_end,
         usage_always=asked.request.usage_always,

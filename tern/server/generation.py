@@ -7,10 +7,11 @@ Knows the engine's service and the mailbox; knows no JSON. Whoever leaves the `a
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from tern.engine import FinishReason, Request
-from tern.errors import EngineUnavailableError
+from tern.errors import EngineUnavailableError, TernError
 from tern.server.engine_door import EngineDoor
 from tern.server.errors import GenerationError
 from tern.server.offload import Offload
@@ -71,26 +72,32 @@ class Generation:
         """The updates of all choices as they come, until each has ended; an empty list after `silence` seconds.
 
         Raises `GenerationError` when the engine failed on a choice, `EngineUnavailableError` when the server took it
-        back.
+        back; what the choice had said until then is yielded first, without the ending.
         """
         while self._open:
             updates = await self._mailbox.take(silence)
-            for update in updates:
-                if update.ending is not None:
-                    self._open.discard(self.requests[update.index].request_id)
-                    self.endings[update.index] = update.ending
+            failure: TernError | None = None
+            for position, update in enumerate(updates):
+                if update.ending is None:
+                    continue
+                self._open.discard(self.requests[update.index].request_id)
+                self.endings[update.index] = update.ending
+                if (error := _failure(update.ending)) is not None:
+                    failure = failure or error
+                    updates[position] = replace(update, ending=None)
             yield updates
-            for update in updates:
-                if update.ending is not None:
-                    _raise_failure(update.ending)
+            if failure is not None:
+                raise failure
 
     async def all_updates(self) -> list[Update]:
         """Every update of every choice, once all have ended."""
         return [update async for updates in self.updates() for update in updates]
 
 
-def _raise_failure(ending: Ending) -> None:
+def _failure(ending: Ending) -> TernError | None:
+    """What went wrong, if the choice did not end by itself or by its limits."""
     if ending.finish.reason is FinishReason.ERROR:
-        raise GenerationError(ending.finish.message or "The engine failed on this request.")
+        return GenerationError(ending.finish.message or "The engine failed on this request.")
     if ending.finish.reason is FinishReason.CANCELLED:
-        raise EngineUnavailableError(ending.finish.message or "The server took the request back: send it again.")
+        return EngineUnavailableError(ending.finish.message or "The server took the request back: send it again.")
+    return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tern.chat import Tokenizer
+from tern.chat import Detokenizer, Tokenizer
 from tern.engine import GeneratedToken, TokenLogprob
 from tern.server.body import JsonObject
 
@@ -54,14 +54,15 @@ def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
 class LegacyLogprobs:
     """The parallel lists of /v1/completions for one choice, piece by piece: it remembers how far the text has come.
 
-    `top_logprobs[i]` always holds the chosen token, besides the `num_top` likeliest. `text_offset[i]` counts characters
-    from the start of the completion.
+    `top_logprobs[i]` always holds the chosen token, besides the `num_top` likeliest. `text_offset[i]` counts the
+    characters of the completion that are complete before the token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int, offset: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_top: int, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._num_top = num_top
-        self._offset = offset
+        self._text = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+        self._offset = 0
 
     def lists(self, tokens: Iterable[GeneratedToken]) -> JsonObject:
         """The lists for the next tokens."""
@@ -70,10 +71,10 @@ class LegacyLogprobs:
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
         for token in tokens:
-            name = token_name(self._tokenizer, token.token_id)
-            names.append(name)
+            names.append(token_name(self._tokenizer, token.token_id))
             offsets.append(self._offset)
-            self._offset += len(name)
+            if token.token_id < self._tokenizer.vocab_size:
+                self._offset += len(self._text.push(token.token_id))
             chosen.append(max(token.logprob.logprob, LOWEST) if token.logprob else None)
             tops.append(self._top(token) if token.logprob else None)
         return {"tokens": names, "token_logprobs": chosen, "top_logprobs": tops, "text_offset": offsets}

@@ -5,17 +5,18 @@ Knows updates and events; knows no JSON.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
-from tern.chat import ContentDelta, ReasoningDelta, ResponseEvent, ToolCallDelta
+from tern.chat import ResponseEvent, ToolCallDelta
 from tern.engine import GeneratedToken
 from tern.server.sink import Ending, Update
 
 
 @dataclass
 class Progress:
-    """The news of one choice: its events, neighbours of one kind joined; its tokens; its ending, if it ended."""
+    """The news of one choice: its events; its tokens; its ending, if it ended."""
 
     events: list[ResponseEvent] = field(default_factory=list)
     tokens: list[GeneratedToken] = field(default_factory=list)
@@ -23,15 +24,15 @@ class Progress:
 
     def take(self, update: Update) -> None:
         """Add one update."""
-        for event in update.events:
-            joined = join(self.events[-1], event) if self.events else None
-            if joined is None:
-                self.events.append(event)
-            else:
-                self.events[-1] = joined
+        self.events += update.events
         if update.token is not None:
             self.tokens.append(update.token)
         self.ending = update.ending or self.ending
+
+    def joined_events(self) -> Iterator[ResponseEvent]:
+        """The events, neighbouring deltas of one part of the message as one."""
+        for _, deltas in groupby(self.events, _part):
+            yield _joined(list(deltas))
 
 
 def by_choice(updates: Iterable[Update]) -> dict[int, Progress]:
@@ -42,13 +43,15 @@ def by_choice(updates: Iterable[Update]) -> dict[int, Progress]:
     return found
 
 
-def join(first: ResponseEvent, second: ResponseEvent) -> ResponseEvent | None:
-    """Two neighbouring deltas as one, or None if they belong to different parts of the message."""
-    match first, second:
-        case ReasoningDelta(a), ReasoningDelta(b):
-            return ReasoningDelta(a + b)
-        case ContentDelta(a), ContentDelta(b):
-            return ContentDelta(a + b)
-        case ToolCallDelta(), ToolCallDelta(name=None) if first.index == second.index:
-            return ToolCallDelta(first.index, first.id, first.name, first.arguments + second.arguments)
-    return None
+def _part(event: ResponseEvent) -> tuple[type[ResponseEvent], int]:
+    """The part of the message that a delta belongs to: the thought, the answer, or one of the calls."""
+    return type(event), event.index if isinstance(event, ToolCallDelta) else 0
+
+
+def _joined(deltas: list[ResponseEvent]) -> ResponseEvent:
+    first, text = deltas[0], "".join(map(_text, deltas))
+    return replace(first, arguments=text) if isinstance(first, ToolCallDelta) else replace(first, text=text)
+
+
+def _text(event: ResponseEvent) -> str:
+    return event.arguments if isinstance(event, ToolCallDelta) else event.text

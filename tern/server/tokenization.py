@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from tern.errors import InvalidRequestError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.logprobs import token_name
@@ -52,4 +53,7 @@ def _tokenize(state: AppState, fields: JsonObject) -> JsonObject:
 def _detokenize(state: AppState, fields: JsonObject) -> JsonObject:
     request = read_fields(DetokenizeRequest, fields)
     state.check_model(request.model)
-    return {"prompt": state.protocol.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+    try:
+        return {"prompt": state.protocol.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+    except InvalidRequestError as error:  # an id outside the vocabulary
+        raise InvalidRequestError(str(error), param="tokens") from None

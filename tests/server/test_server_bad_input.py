@@ -45,7 +45,7 @@ TEXT_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": "no s
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, None),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -5}, "max_tokens"),
-        ({"max_completion_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
         ({"temperature": "NaN"}, "temperature"),
@@ -62,20 +62,25 @@ TEXT_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": "no s
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": [1]}, "stop"),
         ({"stop": ["a"] * 100}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": list(range(2000))}, "stop_token_ids"),
         ({"bad_words": [""]}, "bad_words"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": "much"}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
         ({"priority": 2**40}, "priority"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"typo": True}}, "stream_options.typo"),
         ({"reasoning_effort": "extreme"}, "reasoning_effort"),
         ({"reasoning_max_tokens": -1}, "reasoning_max_tokens"),
+        ({"thinking_budget": -1}, "thinking_budget"),
         ({"reasoning_max_tokens": 1, "thinking_budget": 2}, "reasoning_max_tokens"),
         ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "reasoning_effort"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
@@ -161,9 +166,34 @@ def test_values_that_json_should_not_have(server: Live, text: str, param: str) -
 
 def test_a_deep_body_within_the_parser_s_reach_is_no_crash(server: Live) -> None:
     deep: Any = "x"
-    for _ in range(400):
+    for _ in range(199):
         deep = [deep]
-    refused(server.client.post(CHAT, json={"messages": [{"role": "user", "content": deep}]}))
+    deeper = json.loads(b"[" * 900 + b"]" * 900)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"default": deep}}}
+    for value in (deep, deeper):
+        assert refused(server.client.post(CHAT, json={"messages": [{"role": value}]}))["param"] in (
+            "messages[0].role",
+            None,
+        )
+        refused(server.client.post(CHAT, json={"messages": [{"role": "user", "content": value}]}))
+        refused(server.client.post(CHAT, json={"messages": USER, "seed": value}))
+        refused(server.client.post(CHAT, json={"messages": USER, "chat_template_kwargs": {"enable_thinking": value}}))
+        refused(server.client.post(CHAT, json={"messages": USER, "tools": [tool]}))
+    server.still_serves()
+
+
+def test_a_long_list_of_wrong_things_is_one_short_complaint(server: Live) -> None:
+    """Collecting a complaint for each of them would take minutes, which the client's patience ends."""
+    for name, value in (
+        ("stop", [1] * 500_000),
+        ("bad_words", [1] * 500_000),
+        ("stop_token_ids", ["x"] * 500_000),
+        ("logit_bias", dict.fromkeys(map(str, range(200_000)), "x")),
+    ):
+        error = refused(server.client.post(CHAT, json={"messages": USER, name: value}))
+        assert error["param"] == name
+        assert len(error["message"]) < 200
+    assert refused(server.client.post("/detokenize", json={"tokens": ["x"] * 500_000}))["param"] == "tokens"
     server.still_serves()
 
 

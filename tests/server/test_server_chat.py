@@ -291,5 +291,6 @@ def test_a_failing_engine_is_an_error_and_not_an_answer(server: Live) -> None:
     assert response.json()["error"]["message"] == server.engine.fail_with
     chunks = server.stream()
     assert chunks[-1]["error"]["message"] == server.engine.fail_with
+    assert all(choice["finish_reason"] is None for chunk in chunks[:-1] for choice in chunk["choices"])
     server.engine.fail_with = None
     server.still_serves()

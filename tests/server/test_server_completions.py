@@ -112,6 +112,15 @@ def test_legacy_logprobs(server: Live) -> None:
     assert all(len(top) == 2 for top in logprobs["top_logprobs"])
 
 
+def test_text_offsets_count_characters_and_not_the_names_of_half_ones(server: Live) -> None:
+    server.engine.answers.append("龘 a")
+    logprobs = complete(server, logprobs=0)["choices"][0]["logprobs"]
+    *halves, space, letter, _ = logprobs["tokens"]
+    assert "".join(halves) == r"bytes:\xe9bytes:\xbebytes:\x98"
+    assert (space, letter) == (" ", "a")
+    assert logprobs["text_offset"] == [0, 0, 0, 1, 2, 3]
+
+
 def test_the_default_is_sixteen_tokens(server: Live) -> None:
     server.engine.answers.append("word " * 40)
     response = server.client.post(PATH, json={"prompt": "Once"})

@@ -159,7 +159,7 @@ def test_grouping_loses_and_reorders_nothing(batches: list[tuple[int, list[Any]]
     grouped = by_choice(Update(index, events) for index, events in batches)
     for index in range(3):
         events = [event for each, events in batches if each == index for event in events]
-        joined = grouped[index].events if index in grouped else []
+        joined = list(grouped[index].joined_events()) if index in grouped else []
         assert collect_message(joined) == collect_message(events)
         assert all(type(a) is not type(b) for a, b in itertools.pairwise(joined))
 
@@ -172,8 +172,8 @@ def test_grouping_keeps_calls_apart() -> None:
         ToolCallDelta(1, "b", "f", "{"),
         ToolCallDelta(1, None, None, "}"),
     ]
-    joined = by_choice(Update(0, [event]) for event in events)[0].events
-    assert joined == [ToolCallDelta(0, "a", "f", '{"x": 1}'), ToolCallDelta(1, "b", "f", "{}")]
+    joined = by_choice(Update(0, [event]) for event in events)[0].joined_events()
+    assert list(joined) == [ToolCallDelta(0, "a", "f", '{"x": 1}'), ToolCallDelta(1, "b", "f", "{}")]
 
 
 class RefusingEngine:

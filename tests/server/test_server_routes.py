@@ -77,6 +77,8 @@ def test_wrong_tokenizer_requests(server: Live, path: str, body: dict[str, Any])
     response = server.client.post(path, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+    if "tokens" in body:
+        assert response.json()["error"]["param"] == "tokens"
     server.still_serves()
 
 

@@ -12,6 +12,12 @@ from tern.server.schemas.sampling import FLAG, WHOLE, SamplingFields
 
 EFFORTS = ("none", "low", "medium", "high")
 TEMPLATE_KWARGS = ("enable_thinking",)
+OTHER_NAMES = {
+    "max_tokens": "max_completion_tokens",
+    "logprobs": "top_logprobs",
+    "reasoning_max_tokens": "thinking_budget",
+}
+"""Values of `SamplingParams` that a chat request may give under another name."""
 
 
 class ChatRequest(SamplingFields):
@@ -74,6 +80,14 @@ class ChatRequest(SamplingFields):
     def token_limit(self) -> int | None:
         """Most tokens to generate; None is as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def named(self, error: InvalidRequestError) -> InvalidRequestError:
+        """A complaint about a value of `SamplingParams`, under the name that the request gave it."""
+        name = error.param or ""
+        other = OTHER_NAMES.get(name)
+        if other is None or getattr(self, other) is None:
+            return error
+        return InvalidRequestError(str(error).replace(name, other, 1), param=other)
 
     @property
     def thinking_limit(self) -> int | None:

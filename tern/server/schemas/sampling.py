@@ -1,6 +1,7 @@
 """The fields of sampling, which chats and completions share, and how they become `SamplingParams`.
 
-Ranges are checked there, once; here only types are, and the checkpoint's own defaults fill what the request leaves out.
+Here only types are checked, and the checkpoint's own defaults fill what the request leaves out. Ranges, and what is in
+lists and objects, are checked there, once: pydantic would collect a complaint about each of a million wrong items.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ class SamplingFields(Schema):
     frequency_penalty: float | None = Field(None, description=NUMBER)
     presence_penalty: float | None = Field(None, description=NUMBER)
     repetition_penalty: float | None = Field(None, description=NUMBER)
-    logit_bias: dict[str, float] | None = Field(None, description="an object of token id to number")
-    bad_words: list[str] | None = Field(None, description="a list of texts")
+    logit_bias: dict[str, Any] | None = Field(None, description="an object of token id to number")
+    bad_words: list[Any] | None = Field(None, description="a list of texts")
     seed: int | None = Field(None, description=WHOLE)
-    stop: str | list[str] | None = Field(None, description="text or a list of texts")
-    stop_token_ids: list[int] | None = Field(None, description=IDS)
+    stop: str | list[Any] | None = Field(None, description="text or a list of texts")
+    stop_token_ids: list[Any] | None = Field(None, description=IDS)
     include_stop_str_in_output: bool = Field(False, description=FLAG)
     ignore_eos: bool = Field(False, description=FLAG)
     min_tokens: int = Field(0, description=WHOLE)
@@ -92,7 +93,7 @@ class SamplingFields(Schema):
         return SamplingParams(**{**defaults, **given, **settled})
 
 
-def _token_keys(biases: Mapping[str, float]) -> dict[int, float]:
+def _token_keys(biases: Mapping[str, Any]) -> dict[int, Any]:
     """JSON keys are text; token ids are numbers."""
     for key in biases:
         if not (key.isascii() and key.isdecimal()):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from tern.errors import InvalidRequestError
 from tern.server.schemas.fields import Schema
@@ -33,4 +33,4 @@ class DetokenizeRequest(Schema):
     """Token ids to turn into text."""
 
     model: str | None = Field(None, description=NAME)
-    tokens: list[int] = Field(description=IDS)
+    tokens: Annotated[list[int], FailFast()] = Field(description=IDS)
