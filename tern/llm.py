@@ -122,18 +122,18 @@ class RequestOutput:
 class _Collector:
     """The sink of one sequence: keeps its tokens and lets the text stream decide about stops and steering.
 
-    The text of `end_token_ids`, the tokens that end the sequence, is no part of the output.
+    The text of `hidden_token_ids`, mostly the tokens that end the sequence, is no part of the output.
     """
 
     stream: TextStream
-    end_token_ids: frozenset[int]
+    hidden_token_ids: frozenset[int]
     tokens: list[GeneratedToken] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finished: Finish | None = None
 
     def push(self, token: GeneratedToken) -> Steering:
         self.tokens.append(token)
-        if token.token_id in self.end_token_ids and not token.forced:
+        if token.token_id in self.hidden_token_ids and not token.forced:
             return CONTINUE
         step = self.stream.push(token.token_id)
         self.pieces.append(step.text)
@@ -303,7 +303,8 @@ class LLM:
         tools: list[dict[str, Any]] | None = None,
     ) -> _Job:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._generation.eos_token_ids)
-        collectors = [_Collector(self._protocol.text_stream(params, prompt=chat), ends) for _ in range(params.n)]
+        hidden = frozenset() if params.include_stop_str_in_output else ends
+        collectors = [_Collector(self._protocol.text_stream(params, prompt=chat), hidden) for _ in range(params.n)]
         state = chat.state if chat is not None else None
         return _Job(f"offline-{next(self._ids)}", text, tuple(token_ids), params, state, tools, collectors)
 

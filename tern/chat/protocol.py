@@ -31,6 +31,9 @@ class TextParams(Protocol):
     def include_stop_str_in_output(self) -> bool: ...
 
     @property
+    def min_tokens(self) -> int: ...
+
+    @property
     def skip_special_tokens(self) -> bool: ...
 
     @property
@@ -105,5 +108,6 @@ class ChatProtocol:
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             stop_after=END_THINK if thinks else None,
+            min_tokens=params.min_tokens,
             thinking=ThinkingControl(max_tokens=params.reasoning_max_tokens) if thinks else None,
         )

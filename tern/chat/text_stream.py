@@ -54,8 +54,8 @@ class TextStream:
     """Turns the tokens of one response into text.
 
     `stop` strings are found across token borders; with `stop_after` they count only behind the first occurrence of
-    that text. `thinking` is given when the response begins inside a thought. The response continues a prompt, so the
-    space before its first word is kept.
+    that text, and never before the response has `min_tokens` tokens. `thinking` is given when the response begins
+    inside a thought. The response continues a prompt, so the space before its first word is kept.
 
     `num_reasoning_tokens` counts the tokens up to and with the one that completes `</think>`, forced ones included;
     `stop_string` is the stop string that was found.
@@ -69,6 +69,7 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         stop_after: str | None = None,
+        min_tokens: int = 0,
         thinking: ThinkingControl | None = None,
     ) -> None:
         self._vocab_size = tokenizer.vocab_size
@@ -76,6 +77,7 @@ class TextStream:
         self._stops = StopStrings(stop, include=include_stop)
         self._marker = stop_after if stop else None  # until it is found
         self._marker_tail = ""
+        self._tokens_before_stop = max(0, min_tokens - 1)  # a stop string may not end the response at these
         self._thought = Thought(tokenizer, thinking) if thinking is not None else None
 
     @property
@@ -96,6 +98,7 @@ class TextStream:
         if self._thought is not None and self._thought.open:
             force = self._thought.push(token_id, text, inside_character=self._detokenizer.inside_character)
         released = self._watch(text)
+        self._tokens_before_stop = max(0, self._tokens_before_stop - 1)
         stopped = self._stops.found is not None
         return TextStep(released, stopped, () if stopped else force)
 
@@ -107,7 +110,7 @@ class TextStream:
 
     def _watch(self, text: str) -> str:
         if self._marker is None:
-            return self._stops.push(text)
+            return self._find_stop(text)
         seen = self._marker_tail + text
         found = seen.find(self._marker)
         if found < 0:
@@ -115,7 +118,10 @@ class TextStream:
             return text
         behind = found + len(self._marker) - len(self._marker_tail)
         self._marker = None
-        return text[:behind] + self._stops.push(text[behind:])
+        return text[:behind] + self._find_stop(text[behind:])
+
+    def _find_stop(self, text: str) -> str:
+        return text if self._tokens_before_stop else self._stops.push(text)
 
 
 class Thought:

@@ -19,6 +19,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 class Params:
     stop: tuple[str, ...] | str | None = ()
     include_stop_str_in_output: bool = False
+    min_tokens: int = 0
     skip_special_tokens: bool = True
     reasoning_max_tokens: int | None = None
 

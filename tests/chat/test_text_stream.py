@@ -116,6 +116,15 @@ def test_stops_behind_a_marker_of_many_tokens(byte_level):
     assert (text, stopped) == ("xx</think>", True)
 
 
+@pytest.mark.parametrize(("min_tokens", "expected"), [(0, "a"), (2, "a"), (3, "axa"), (4, "axa"), (5, "axaxa")])
+def test_a_stop_string_counts_once_there_are_enough_tokens(byte_level, min_tokens, expected):
+    ids = [i for char in "axaxa" for i in byte_level.encode(char)]
+    stream = TextStream(byte_level, stop=["x"], min_tokens=min_tokens)
+    text, taken, stopped, _ = drive(stream, byte_level, "", tokens=ids)
+    assert (text, stopped) == (expected, expected != "axaxa")
+    assert len(taken) >= min_tokens
+
+
 @pytest.mark.parametrize(
     ("thought", "language"), [("I should think about this. " * 20, "en"), ("我应该先想一想，然后再回答。" * 20, "zh")]
 )

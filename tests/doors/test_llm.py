@@ -90,6 +90,29 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     assert stopped.outputs[0].stop_reason == stop
 
 
+def test_a_stop_string_waits_for_min_tokens(llm: LLM) -> None:
+    params: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    [free] = llm.generate("Hello", SamplingParams(**params))
+    stop = llm.get_tokenizer().decode(free.outputs[0].token_ids[1:2])
+    for fewest in (1, 2, 3, 12):
+        [held] = llm.generate("Hello", SamplingParams(**params, min_tokens=fewest, stop=[stop]))
+        assert len(held.outputs[0].token_ids) >= fewest
+        assert held.outputs[0].token_ids == free.outputs[0].token_ids[: len(held.outputs[0].token_ids)]
+        assert (len(held.outputs[0].token_ids) == 2) == (fewest <= 2)
+
+
+def test_the_text_of_a_stop_token_is_kept_when_asked_for(llm: LLM) -> None:
+    [free] = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    token = free.outputs[0].token_ids[2]
+    texts = {}
+    for include in (False, True):
+        params = SamplingParams(temperature=0, stop_token_ids=[token], include_stop_str_in_output=include)
+        [output] = llm.generate("Hello", params)
+        assert output.outputs[0].stop_reason == token
+        texts[include] = output.outputs[0].text
+    assert texts[True] == texts[False] + llm.get_tokenizer().token_text(token)
+
+
 def test_a_bad_word_does_not_appear(llm: LLM) -> None:
     [free] = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
     token = llm.get_tokenizer().decode(free.outputs[0].token_ids[:1])
