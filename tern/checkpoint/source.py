@@ -114,8 +114,8 @@ def _synthetic_source(model: str) -> ModelSource:
     seed = _read_seed(model, query)
     directory = embedded_model_directory()
     path = os.path.expanduser(name)
-    if name in PRESETS:
-        config = ErnieConfig.from_dict(PRESETS[name])
+    if name.lower() in PRESETS:
+        config = ErnieConfig.from_dict(PRESETS[name.lower()])
     elif name.endswith(".json") or os.path.isdir(path):
         file = Path(path, "config.json") if os.path.isdir(path) else Path(path)
         config = _read_config(file)

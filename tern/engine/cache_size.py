@@ -42,7 +42,8 @@ def resolve_num_blocks(
 ) -> int:
     """The number of cache blocks that the options ask for, or that a share of `free_bytes` holds.
 
-    Raises `OptionError`, with both sizes and the length that would fit, if one full-length sequence does not.
+    Raises `OptionError`, with both sizes, if the options ask for more than is free, or for less than one full-length
+    sequence takes.
     """
     block_bytes = token_bytes(config, dtype) * options.block_size
     needed = -(-max_model_len // options.block_size)
@@ -54,12 +55,18 @@ def resolve_num_blocks(
         affordable = int(free_bytes * FREE_MEMORY_SHARE) // block_bytes
         wanted = needed * min(DEFAULT_FULL_SEQUENCES, options.max_num_seqs)
         blocks, source = min(wanted, affordable), f"{FREE_MEMORY_SHARE:.0%} of the free memory"
+    if blocks * block_bytes > free_bytes:
+        raise OptionError(
+            f"{source} asks for a cache of {blocks} blocks ({_megabytes(blocks * block_bytes)}), but only "
+            f"{_megabytes(free_bytes)} of memory are free: ask for at most {free_bytes // block_bytes} blocks."
+        )
     if blocks < needed:
         fits = blocks * options.block_size
+        shorter = f"set max_model_len to at most {fits}, or " if fits > 1 else ""
         raise OptionError(
             f"A sequence of {max_model_len} tokens needs {needed} cache blocks ({_megabytes(needed * block_bytes)}), "
             f"but {source} gives {blocks} ({_megabytes(blocks * block_bytes)}): "
-            f"set max_model_len to at most {fits}, or give the cache more memory."
+            f"{shorter}give the cache more memory."
         )
     return blocks
 

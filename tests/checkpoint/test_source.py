@@ -89,6 +89,7 @@ def test_presets_are_networks_that_tern_runs(preset: str) -> None:
     assert source.name == f"dummy:{preset}?seed=5"
     assert source.directory == embedded_model_directory()
     assert source.generation == GenerationConfig(eos_token_ids=frozenset({2}))
+    assert resolve_model(f"dummy:{preset.upper()}").config == source.config
 
 
 def test_dummy_of_a_config(directory: Path) -> None:
