@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
 from functools import cache
 from importlib import resources
@@ -21,6 +21,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tern.chat.config_files import read_object, token_text
@@ -32,6 +33,12 @@ MAX_TEMPLATE_LENGTH = 1_000_000
 MAX_PROMPT_LENGTH = 64_000_000
 """Characters that a template may write: far above any model's context, far below the machine's memory."""
 MAX_SECONDS = 10.0
+
+MAX_POWER_BITS = 4096
+"""How long a number a template may make with `**`."""
+
+_FAILURES = (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError)
+"""What a template's own mistakes raise; constants are computed when it is compiled."""
 
 _GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 
@@ -52,7 +59,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, *_FAILURES) as error:
             raise CheckpointError(f"The chat template cannot be compiled: {error}.") from None
         self._special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
 
@@ -96,7 +103,7 @@ class ChatTemplate:
             return "".join(_bounded(self._template.generate(variables)))
         except _Refused as error:
             raise InvalidRequestError(f"The chat template refuses these messages: {error}", param="messages") from None
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except (jinja2.TemplateError, *_FAILURES) as error:
             raise InvalidRequestError(
                 f"The chat template cannot render these messages: {type(error).__name__}: {error}", param="messages"
             ) from None
@@ -140,9 +147,22 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Values cannot be changed, attributes that lead into Python cannot be reached, `range` is short, and every loop
-    looks at the clock: a thread cannot be stopped from outside, and a loop need not write anything.
+    """Values cannot be changed, attributes that lead into Python cannot be reached, `range` is short, `*` and `**` make
+    nothing huge, and every loop looks at the clock: a thread cannot be stopped from outside, and a loop need not write
+    anything.
     """
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """The result of `left * right` or `left ** right`, unless it would be huge."""
+        if operator == "*":
+            for sequence, count in ((left, right), (right, left)):
+                if isinstance(sequence, Sized) and isinstance(count, int) and len(sequence) * count > MAX_PROMPT_LENGTH:
+                    raise _Refused(f"it repeats a value of length {len(sequence)} {count} times")
+        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_POWER_BITS:
+            raise _Refused(f"it computes a power of more than {MAX_POWER_BITS} bits")
+        return super().call_binop(context, operator, left, right)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)

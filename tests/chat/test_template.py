@@ -192,6 +192,27 @@ def test_a_template_that_writes_too_much(monkeypatch):
         ChatTemplate(source).render(USER)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10**10 }}",
+        "{{ 10**10 * messages[0].content }}",
+        "{% set x = messages * 10**9 %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{% if (2**20) ** (2**20) %}{% endif %}",
+    ],
+)
+def test_operators_make_nothing_huge(source):
+    with pytest.raises(InvalidRequestError, match=r"refuses these messages: it (repeats|computes)"):
+        ChatTemplate(source).render(USER)
+
+
+def test_operators_work():
+    assert ChatTemplate("{{ 6 * 7 }} {{ 'ab' * 2 }} {{ 2 ** 10 }} {{ 2 ** -1 }} {{ 1.5 ** 2 }}").render(USER) == (
+        "42 abab 1024 0.5 2.25"
+    )
+
+
 @pytest.mark.parametrize("body", ["", "x"])
 def test_a_template_that_does_not_end(monkeypatch, body):
     monkeypatch.setattr(template, "MAX_SECONDS", 0.05)
@@ -203,6 +224,8 @@ def test_a_template_that_does_not_end(monkeypatch, body):
 def test_what_is_no_template():
     with pytest.raises(CheckpointError, match="cannot be compiled"):
         ChatTemplate("{% if %}")
+    with pytest.raises(CheckpointError, match="cannot be compiled"):
+        ChatTemplate("{{ " + "9" * 5000 + " }}")
     with pytest.raises(CheckpointError, match="1000001 characters"):
         ChatTemplate("x" * 1_000_001)
 
