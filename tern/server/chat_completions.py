@@ -45,7 +45,7 @@ def routes(state: AppState) -> APIRouter:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
         async with generation:
             updates = await while_connected(http.receive, generation.all_updates())
-        return JSONResponse(whole_answer(shape, updates))
+        return JSONResponse(await state.offload.run(len(updates), whole_answer, shape, updates))
 
     return router
 
