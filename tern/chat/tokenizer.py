@@ -41,12 +41,18 @@ class Tokenizer:
     their ends) always count as text, whatever the checkpoint says of them: the response parser reads them.
     """
 
-    def __init__(self, vocabulary: Vocabulary, *, names: Mapping[str, str | None] | None = None) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, *, names: Mapping[str, str | None] | None = None, control: Iterable[str] = ()
+    ) -> None:
+        """`names` tells the text of `bos_token` and its like, `control` the control tokens that the file calls text."""
         self._vocabulary = vocabulary
         tags = {vocabulary.id_of(tag) for tag in PROTOCOL_TAGS}
         named = {name: token for name, token in (names or {}).items() if token}
         ids = {name: vocabulary.id_of(token) for name, token in named.items()}
-        self.special_ids = frozenset((vocabulary.special_ids | {i for i in ids.values() if i is not None}) - tags)
+        extra = {vocabulary.id_of(token) for token in control}
+        self.special_ids = frozenset(
+            i for i in {*vocabulary.special_ids, *ids.values(), *extra} - tags if i is not None
+        )
         self.bos_id, self.eos_id = ids.get("bos_token"), ids.get("eos_token")
         self.bos_token, self.eos_token = named.get("bos_token"), named.get("eos_token")
         pad = ids.get("pad_token")
@@ -59,12 +65,14 @@ class Tokenizer:
         directory = Path(path)
         config = read_object(directory / "tokenizer_config.json")
         names = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
+        control = _control_tokens(config) + _control_tokens(read_object(directory / "special_tokens_map.json"))
         if (directory / "tokenizer.json").is_file():
-            return cls(JsonVocabulary(directory / "tokenizer.json"), names=names)
+            return cls(JsonVocabulary(directory / "tokenizer.json"), names=names, control=control)
         if (directory / "tokenizer.model").is_file():
             added = _added_tokens(config, read_object(directory / "added_tokens.json"))
             vocabulary = SentencePieceVocabulary(directory / "tokenizer.model", added)
-            return cls(vocabulary, names={**vocabulary.names, **{k: v for k, v in names.items() if v}})
+            names = {**vocabulary.names, **{k: v for k, v in names.items() if v}}
+            return cls(vocabulary, names=names, control=control)
         raise CheckpointError(f"{directory} has neither tokenizer.json nor tokenizer.model: text cannot be read.")
 
     @property
@@ -139,6 +147,18 @@ def _check_unicode(text: str) -> None:
             f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}: "
             "send valid Unicode."
         ) from None
+
+
+def _control_tokens(config: Mapping[str, Any]) -> list[str]:
+    """The tokens that a configuration names as special: `cls_token` and its like, and the additional ones."""
+    values = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key)
+        if isinstance(more, Mapping):
+            values += more.values()
+        elif isinstance(more, list):
+            values += more
+    return [text for value in values if (text := token_text(value))]
 
 
 def _added_tokens(config: Mapping[str, Any], added: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:

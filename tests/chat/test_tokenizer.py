@@ -108,6 +108,19 @@ def test_control_tokens_in_a_users_text_can_be_read_as_text(tokenizer):
     assert tokenizer.decode(tokenizer.encode(text, allow_special=False)) == text
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_control_tokens_that_only_the_configuration_names(byte_level_directory, tmp_path, file):
+    """As transformers has it: the configuration's word counts, whatever tokenizer.json calls the token."""
+    (tmp_path / "tokenizer.json").write_bytes((byte_level_directory / "tokenizer.json").read_bytes())
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    named = tokenizer.id_of("工具 Ġ")
+    assert named not in tokenizer.special_ids
+    names = {"additional_special_tokens": ["<think>", {"content": "工具 Ġ"}], "sep_token": "Ġ", "add_bos_token": True}
+    (tmp_path / file).write_text(json.dumps(names), encoding="utf-8")
+    more = Tokenizer.from_directory(tmp_path).special_ids - tokenizer.special_ids
+    assert more == {named, tokenizer.id_of("Ġ")}
+
+
 def test_names(byte_level):
     assert byte_level.bos_token == "<s>"
     assert byte_level.eos_token == "</s>"
