@@ -1,6 +1,7 @@
 """The offline front door: prompts or chats in, finished outputs back, in vLLM's form.
 
-Knows the engine and the text protocol; knows no HTTP. Everything runs in the calling thread.
+Knows the engine and the text protocol; knows no HTTP. Everything runs in the calling thread; calls from several
+threads take turns.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import itertools
 import logging
 import operator
 import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -187,12 +189,14 @@ class LLM:
         for name in NO_MEANING_HERE & engine_options.keys():
             del engine_options[name]
             logger.info("%s does nothing here", name)
-        options = EngineOptions.from_keywords(dtype=str(dtype).removeprefix("torch."), max_queue=None, **engine_options)
+        engine_options = {"max_queue": None, **engine_options, "dtype": str(dtype).removeprefix("torch.")}
+        options = EngineOptions.from_keywords(**engine_options)
         source = resolve_model(model, revision=revision, token=hf_token, progress=progress)
         self._engine = Engine.open(source, options, progress=progress)
         self._protocol = ChatProtocol.from_directory(source.directory)
         self._generation = source.generation
         self._ids = itertools.count()
+        self._lock = threading.Lock()
 
     @property
     def max_model_len(self) -> int:
@@ -310,13 +314,14 @@ class LLM:
 
     def _run(self, jobs: list[_Job], *, show_progress: bool) -> list[RequestOutput]:
         requests = [request for job in jobs for request in self._requests(job)]
-        try:
-            for request in requests:
-                self._engine.add(request)
-            self._step_until_done(jobs, show_progress=show_progress)
-        finally:
-            for request in requests:
-                self._engine.cancel(request.request_id)
+        with self._lock:
+            try:
+                for request in requests:
+                    self._engine.add(request)
+                self._step_until_done(jobs, show_progress=show_progress)
+            finally:
+                for request in requests:
+                    self._engine.cancel(request.request_id)
         return [self._output(job) for job in jobs]
 
     def _requests(self, job: _Job) -> Iterable[Request]:

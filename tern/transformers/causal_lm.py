@@ -6,6 +6,7 @@ Knows the engine and tensors of ids; knows no text.
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -40,13 +41,14 @@ class _IdCollector:
 
 
 class TernForCausalLM:
-    """A causal language model with transformers' `generate`."""
+    """A causal language model with transformers' `generate`; calls from several threads take turns."""
 
     def __init__(self, engine: Engine, source: ModelSource) -> None:
         self._engine = engine
         self.config = source.config
         self.generation_config: GenerationConfig = source.generation
         self._ids = itertools.count()
+        self._lock = threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -151,13 +153,14 @@ class TernForCausalLM:
             )
             for row, sink in enumerate(collectors)
         ]
-        try:
-            for request in requests:
-                self._engine.add(request)
-            self._step_until_done(collectors, streamer)
-        finally:
-            for request in requests:
-                self._engine.cancel(request.request_id)
+        with self._lock:
+            try:
+                for request in requests:
+                    self._engine.add(request)
+                self._step_until_done(collectors, streamer)
+            finally:
+                for request in requests:
+                    self._engine.cancel(request.request_id)
         for sink in collectors:
             if sink.finished is not None and sink.finished.reason is FinishReason.ERROR:
                 raise EngineUnavailableError(sink.finished.message or "The engine failed on this request; see the log.")

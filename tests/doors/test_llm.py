@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +102,13 @@ def test_a_stop_string_waits_for_min_tokens(llm: LLM) -> None:
         assert (len(held.outputs[0].token_ids) == 2) == (fewest <= 2)
 
 
+def test_calls_from_several_threads_take_turns(llm: LLM) -> None:
+    alone = [llm.generate(prompt, GREEDY)[0].outputs[0].token_ids for prompt in PROMPTS]
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        together = list(pool.map(lambda prompt: llm.generate(prompt, GREEDY), PROMPTS))
+    assert [output.outputs[0].token_ids for [output] in together] == alone
+
+
 def test_the_text_of_a_stop_token_is_kept_when_asked_for(llm: LLM) -> None:
     [free] = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     token = free.outputs[0].token_ids[2]
@@ -168,6 +176,7 @@ def test_keywords_of_vllm_that_mean_nothing_here_are_accepted() -> None:
         gpu_memory_utilization=0.9,
         trust_remote_code=True,
         enforce_eager=True,
+        max_queue=4,
         max_model_len=64,
         progress=False,
     )

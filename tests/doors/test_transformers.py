@@ -139,8 +139,10 @@ def test_generation_configs_give_what_they_give_in_transformers(
         generated = model.generate(**inputs, generation_config=ours)
         assert generated.tolist() == theirs.generate(**inputs, generation_config=config).tolist()
     assert model.generate(inputs.input_ids, config, max_new_tokens=14).shape == (1, width + 14)  # keywords come first
-    ended = model.generate(**inputs, max_new_tokens=20, min_new_tokens=3, eos_token_id=list(range(2000)))
-    assert ended.shape == (1, width + 4)
+    end = generated[0, width + 3].item()
+    settings = {"max_new_tokens": 20, "min_new_tokens": 2, "repetition_penalty": 1.3, "eos_token_id": [end, 2999]}
+    assert model.generate(**inputs, **settings).tolist() == generated[:, : width + 4].tolist()
+    assert theirs.generate(**inputs, **settings).tolist() == generated[:, : width + 4].tolist()
     assert model.generate(**inputs, max_length=width + 5, min_new_tokens=5).shape == (1, width + 5)
 
 
