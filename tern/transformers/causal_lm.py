@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -114,7 +115,7 @@ class TernForCausalLM:
             seed=seed,
             max_tokens=self._new_tokens(wanted, width),
             min_tokens=wanted.get("min_new_tokens") or 0,
-            stop_token_ids=[stops] if isinstance(stops, int) else list(stops or ()),
+            stop_token_ids=list(stops) if isinstance(stops, Iterable) else [] if stops is None else [stops],
             ignore_eos=stops is not None,
         )
 
@@ -123,9 +124,9 @@ class TernForCausalLM:
         if (count := wanted.get("max_new_tokens")) is not None:
             return count
         if (length := wanted.get("max_length")) is not None:
-            if length <= width:
+            if not isinstance(length, int) or length <= width:
                 raise InvalidRequestError(
-                    f"max_length is {length} but the prompt alone has {width} tokens: raise it, or set max_new_tokens.",
+                    f"max_length is {length!r}: it must be a whole number above the prompt's own {width} tokens.",
                     param="max_length",
                 )
             return length - width
