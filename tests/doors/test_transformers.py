@@ -216,7 +216,7 @@ def test_mistakes_are_named(tokenizer: TernTokenizer, model: TernForCausalLM) ->
         model.generate(torch.tensor([[1.5, 2.0]]))
     with pytest.raises(InvalidRequestError, match="list"):
         model.generate([[1, 2]])  # type: ignore[arg-type]
-    with pytest.raises(InvalidRequestError, match="max_length is 3: .* above the prompt's own 3 tokens"):
+    with pytest.raises(InvalidRequestError, match=r"max_length is 3: .* above the prompt's own 3 tokens"):
         model.generate(torch.tensor([[1, 2, 3]]), max_length=3)
     for name, value in (("max_length", "9"), ("eos_token_id", 5.0), ("max_new_tokens", 1.5), ("temperature", "hot")):
         with pytest.raises(InvalidRequestError, match=str(value)):
