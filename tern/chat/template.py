@@ -93,7 +93,7 @@ class ChatTemplate:
         """
         variables = {
             **self._special_tokens,
-            **self._checked(template_kwargs or {}),
+            **self._checked({} if template_kwargs is None else template_kwargs),
             "messages": validate_messages(messages),
             "tools": validate_tools(tools) or None,
             "add_generation_prompt": add_generation_prompt,
@@ -108,7 +108,12 @@ class ChatTemplate:
                 f"The chat template cannot render these messages: {type(error).__name__}: {error}", param="messages"
             ) from None
 
-    def _checked(self, template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _checked(self, template_kwargs: Any) -> dict[str, Any]:
+        if not isinstance(template_kwargs, Mapping):
+            raise InvalidRequestError(
+                f"chat_template_kwargs is {type(template_kwargs).__name__}: it must be an object of names and values.",
+                param="chat_template_kwargs",
+            )
         allowed = (self.variables | {"enable_thinking"}) - _GIVEN - _environment().globals.keys()
         for name, value in template_kwargs.items():
             if name not in allowed:

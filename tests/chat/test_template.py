@@ -163,6 +163,8 @@ def test_template_kwargs_are_those_the_template_reads():
         assert raised.value.param == f"chat_template_kwargs.{name}"
     with pytest.raises(InvalidRequestError, match="must be a JSON value"):
         reads.render(USER, template_kwargs={"mood": object()})
+    with pytest.raises(InvalidRequestError, match="chat_template_kwargs is int: it must be an object"):
+        reads.render(USER, template_kwargs=5)
     assert ChatTemplate("x").render(USER, template_kwargs={"enable_thinking": False}) == "x"
 
 
