@@ -37,7 +37,7 @@ REPORT_EVERY = 50
 class Plan:
     """How long and on what to train."""
 
-    steps: int = 4400
+    steps: int = 5200
     batch_tokens: int = 8192
     seed: int = 0
     tokenizer_examples: int = 12000
