@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -34,6 +34,13 @@ logger = logging.getLogger("tern.server")
 
 FLUSH_SECONDS = 5
 """What answers that are already generated get to reach their clients once the engine has stopped."""
+
+SIGNAL_SECONDS = 0.2
+"""How long a signal may go unnoticed.
+
+Python runs handlers on the main thread, but the system may hand a signal to any other, or just before the main thread
+begins to wait: neither wakes it.
+"""
 
 IDLE_CONNECTION_SECONDS = 75
 """How long a connection may idle between requests: longer than the pools of common clients and proxies keep theirs."""
@@ -81,11 +88,18 @@ def run_server(
                     logger.info("serving %s at %s", state.model_name, url)
                     if on_ready is not None:
                         on_ready(state.model_name, url)
-                    serving.result()
+                    _wait(serving)
         except _StoppedWhileLoadingError:
             logger.info("stopped while loading")
         finally:
             server.should_exit = True
+
+
+def _wait(serving: Future[None]) -> None:
+    """Until the server has ended, with signals handled all the while."""
+    while not wait([serving], timeout=SIGNAL_SECONDS).done:
+        pass
+    serving.result()
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 Arguments: the tokenizer's directory, the shutdown timeout and perhaps a port. Prints the URL when it serves. It is
 loading as long as there is a file `loading` in the directory, and the engine answers nothing until a file `open`
-appears there.
+appears there. With a file `elsewhere` its signals reach other threads than the main one.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 import time
@@ -38,7 +39,12 @@ def main() -> None:
             time.sleep(0.02)
         return Loaded(engine, protocol, identity())
 
-    run_server(load, options, on_ready=lambda _, url: print(url, flush=True))
+    def ready(model: str, url: str) -> None:  # noqa: ARG001
+        if (directory / "elsewhere").exists():
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+        print(url, flush=True)
+
+    run_server(load, options, on_ready=ready)
     print("ended", flush=True)
 
 

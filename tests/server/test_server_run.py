@@ -193,6 +193,13 @@ def test_an_idle_server_ends_at_once(start: Any) -> None:
     process.ends_well()
 
 
+def test_a_signal_that_reaches_another_thread_counts(start: Any, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").touch()
+    process = start(3600)
+    process.popen.send_signal(signal.SIGTERM)
+    process.ends_well()
+
+
 def not_reached() -> Loaded:
     raise AssertionError("nothing is loaded for a server that cannot listen")
 
