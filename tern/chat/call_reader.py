@@ -14,6 +14,7 @@ from enum import Enum
 from tern.chat.json_scanner import JsonScanner, JsonStringDecoder
 
 _NOT_SPACE = re.compile(r"[^ \t\n\r]")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # which JSON can spell and UTF-8 cannot write
 
 
 class _Arguments:
@@ -195,7 +196,8 @@ class CallReader:
             self._keys += 1
             return self._go(_Place.COLON, stop)
         if self._key == "name":
-            self.name = json.loads("".join(self._collected)) or None
+            name = json.loads("".join(self._collected))
+            self.name = None if _HALF_CHARACTER.search(name) else name or None
         return self._go(_Place.NEXT if self._key != "name" or self.name else _Place.WRONG, stop)
 
     def _read_arguments(self, text: str, at: int) -> int:

@@ -22,6 +22,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 from tern.chat.call_reader import CallReader
@@ -42,14 +43,10 @@ TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 PROTOCOL_TAGS = (THINK, END_THINK, RESPONSE, END_RESPONSE, TOOL_CALL, END_TOOL_CALL)
 
 _LONGEST_TAG = max(map(len, PROTOCOL_TAGS))
-_CALL_TAGS = (TOOL_CALL, END_TOOL_CALL)
 _OPENINGS = (RESPONSE, THINK, TOOL_CALL)
-_AFTER_CALL_TAGS = (END_TOOL_CALL, TOOL_CALL, RESPONSE)
-_AFTER_CALL = re.compile("|".join(_AFTER_CALL_TAGS))
-_END_TOOL_CALL = re.compile(END_TOOL_CALL)
-_BARE = re.compile("|".join(_CALL_TAGS))
 _INK = re.compile(r"\S")
 _NOT_NEWLINE = re.compile(r"[^\n]")
+_NOT_CLOSING = re.compile(r"[^ \t\r\n}\],]")
 
 
 class ParserState(StrEnum):
@@ -97,6 +94,7 @@ class ResponseParser:
         self._content_open = start is ParserState.BARE  # content has been said, and no call since
         self._newlines = 0  # newlines read behind content, said only if more content follows
         self._raw = False  # inside a call that turned out to be text: another <tool_call> in it is text too
+        self._call_ends = False  # text stands behind the JSON of a call: its </tool_call> is still to come
         self._num_calls = 0
         self._announced = False
         self._block: list[str] = []  # the current call as it was written, tag included
@@ -209,16 +207,28 @@ class ResponseParser:
         return self._enter(ParserState.BETWEEN, found + len(END_RESPONSE))
 
     def _step_bare(self, text: str, at: int) -> int:
-        only_text = self._raw or not self._tool_names  # here a <tool_call> opens nothing
-        found = (_END_TOOL_CALL if only_text else _BARE).search(text, at)
+        opens_calls = self._tool_names and not self._raw
+        tags = (
+            END_TOOL_CALL,
+            *((TOOL_CALL,) if opens_calls else ()),
+            *((END_RESPONSE,) if self._response_open else ()),
+        )
+        found = _any_of(tags).search(text, at)
         if found is None:
-            stop = _held_from(text, at, (END_TOOL_CALL,) if only_text else _CALL_TAGS)
+            stop = _held_from(text, at, tags)
             self._say_before_newlines(text[at:stop])
             return stop
         self._say_before_newlines(text[at : found.start()])
         if found.group() == TOOL_CALL:
             return self._open_call(found.start())
-        self._say(END_TOOL_CALL)
+        if found.group() == END_RESPONSE:
+            newlines, self._newlines = max(0, self._newlines - 1), 0
+            self._say("\n" * newlines)
+            self._response_open = False
+        elif self._call_ends:
+            self._newlines = 0
+        else:
+            self._say(END_TOOL_CALL)
         return self._enter(ParserState.BETWEEN, found.end())
 
     def _step_call(self, text: str, at: int) -> int:
@@ -238,18 +248,32 @@ class ResponseParser:
         return stop
 
     def _step_after_call(self, text: str, at: int) -> int:
-        found = _AFTER_CALL.search(text, at)
-        stop = found.start() if found is not None else _held_from(text, at, _AFTER_CALL_TAGS)
+        found = _NOT_CLOSING.search(text, at)
+        stop = len(text) if found is None else found.start()
         if text[at:stop].strip(" \t\r\n"):
-            _log.warning("tool call %d is followed by text inside its block, which is left out", self._num_calls - 1)
+            _log.warning("tool call %d is followed by a surplus bracket, which is left out", self._num_calls - 1)
         if found is None:
             return stop
-        return self._enter(ParserState.BETWEEN, found.end() if found.group() == END_TOOL_CALL else stop)
+        if text.startswith(END_TOOL_CALL, stop):
+            return self._enter(ParserState.BETWEEN, stop + len(END_TOOL_CALL))
+        if text[stop] == "{":
+            self._begin_call(opening="")
+            return self._enter(ParserState.CALL, stop)
+        next_tags = (*_OPENINGS, END_RESPONSE)
+        if text.startswith(next_tags, stop):
+            return self._enter(ParserState.BETWEEN, stop)
+        if _is_beginning(text, stop, (END_TOOL_CALL, *next_tags)):
+            return stop
+        _log.warning("tool call %d is followed by text inside its block, which is content", self._num_calls - 1)
+        self._enter(ParserState.BARE, stop)
+        self._call_ends = True
+        return stop
 
     def _enter(self, state: ParserState, at: int) -> int:
         self._state = state
         self._at_start = True
         self._raw = False
+        self._call_ends = False
         return at
 
     # Tool calls.
@@ -262,9 +286,9 @@ class ResponseParser:
         self._begin_call()
         return self._enter(ParserState.CALL, at + len(TOOL_CALL))
 
-    def _begin_call(self) -> None:
+    def _begin_call(self, opening: str = TOOL_CALL) -> None:
         self._call = CallReader()
-        self._block = [TOOL_CALL]
+        self._block = [opening]
         self._announced = False
 
     def _hand_on_call(self) -> None:
@@ -284,7 +308,7 @@ class ResponseParser:
         block = "".join(self._block)
         _log.warning("a tool call is not valid JSON after %d characters; it is handed on as text", len(block))
         self._enter(ParserState.BARE, at)
-        self._raw = block[len(TOOL_CALL) :].lstrip(" \t\r\n").startswith("{")
+        self._raw = block.removeprefix(TOOL_CALL).lstrip(" \t\r\n").startswith("{")
         self._say_before_newlines(block)
         return at
 
@@ -335,6 +359,11 @@ def parse_response(
     """Parse a whole response; the same machine as `ResponseParser`, fed once."""
     parser = ResponseParser(tools, start=start)
     return collect_message([*parser.feed(text), *parser.finish()])
+
+
+@cache
+def _any_of(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(tags))
 
 
 def _tool_name(tool: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ def message(reasoning=None, content=None, *calls: tuple[str, str]) -> ParsedMess
     return ParsedMessage(reasoning, content, [ParsedToolCall(name, arguments) for name, arguments in calls])
 
 
+CALL_X = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>\n'
 ROWS = [
     ("abc\n</think>\n\n<response>\ndef\n</response>\n", message("abc", "def")),
     ("abc</think>def", message("abc", "def")),
@@ -82,6 +83,7 @@ def test_rows_of_the_protocol(text, expected):
         '\n{"name": }\n',
         '\n{"name": 5, "arguments": {}}\n',
         '\n{"name": "", "arguments": {}}\n',
+        '\n{"name": "f\\ud83d", "arguments": {"x": 1}}\n',
         '\n{"arguments": {"x": 1}}\n',
         '\n{name: "f", arguments: {}}\n',
         '\n{"name": "f", "arguments": {x: 1}}\n',
@@ -117,17 +119,65 @@ def test_arguments_that_turn_wrong_late_stay_as_far_as_they_are_valid_and_the_bl
     assert collect_message(stream(list(f"abc</think>{block}\n"))) == expected
 
 
-@pytest.mark.parametrize("ending", ["\n</tool_call>\n", "}}\n</tool_call>\n", "} and so on\n</tool_call>\n", ""])
+@pytest.mark.parametrize("ending", ["\n</tool_call>\n", "}}\n</tool_call>\n", "},\n]\n</tool_call>\n", ""])
 def test_whole_arguments_make_a_call_whatever_follows_them(ending):
     text = 'abc</think><tool_call>\n{"name": "f", "arguments": {"x": 1}' + ending
     assert parse_response(text, TOOLS) == message("abc", None, ("f", '{"x": 1}'))
     assert collect_message(stream(list(text))) == message("abc", None, ("f", '{"x": 1}'))
 
 
-@pytest.mark.parametrize("next_part", ["<response>\ndef\n</response>", ""])
-def test_a_missing_end_of_call_does_not_swallow_what_follows(next_part):
+@pytest.mark.parametrize(
+    ("next_part", "content"),
+    [
+        ("<response>\ndef\n</response>", "def"),
+        ("", None),
+        ("\n\nThe answer is on its way.", "The answer is on its way."),
+        (" and so on\n</tool_call>\n", "and so on"),
+        ("// why\n</tool_call>\n\n<response>\ndef\n</response>", "// why\n\ndef"),
+        ("< 3\n</tool_call>", "< 3"),
+    ],
+)
+def test_what_follows_whole_arguments_is_not_swallowed(next_part, content):
     text = 'abc</think><tool_call>\n{"name": "f", "arguments": {"x": 1}}\n' + next_part
-    assert parse_response(text, TOOLS) == message("abc", "def" if next_part else None, ("f", '{"x": 1}'))
+    assert parse_response(text, TOOLS) == message("abc", content, ("f", '{"x": 1}'))
+    assert collect_message(stream(list(text))) == parse_response(text, TOOLS)
+
+
+def test_two_calls_in_one_block_are_two_calls():
+    text = (
+        'a</think><tool_call>\n{"name": "f", "arguments": {"x": 1}}\n{"name": "f", "arguments": {"x": 2}}\n</tool_call>'
+    )
+    assert parse_response(text, TOOLS) == message("a", None, ("f", '{"x": 1}'), ("f", '{"x": 2}'))
+    wrong = 'a</think><tool_call>\n{"name": "f", "arguments": {"x": 1}}\n{"name": f}\n</tool_call>\n'
+    assert parse_response(wrong, TOOLS) == message("a", '{"name": f}\n</tool_call>', ("f", '{"x": 1}'))
+
+
+def test_a_second_thought_may_follow_a_call_without_an_end():
+    text = 'a</think><tool_call>\n{"name": "f", "arguments": {"x": 1}}\n<think>\nhm\n</think>\n\nok'
+    assert parse_response(text, TOOLS) == message("a\nhm", "ok", ("f", '{"x": 1}'))
+
+
+@pytest.mark.parametrize(
+    ("inside", "content", "calls"),
+    [
+        (CALL_X + "\nI called f.\n", "I called f.", [("f", '{"x": 1}')]),
+        (CALL_X + "\nIt is\n\n", "It is\n", [("f", '{"x": 1}')]),
+        ("<tool_call> is a tag.\n", "<tool_call> is a tag.", []),
+        ('<tool_call>\n{"name": f}\n', '<tool_call>\n{"name": f}', []),
+        ('<tool_call>\n{"name": f}\n</tool_call>\n', '<tool_call>\n{"name": f}\n</tool_call>', []),
+        (
+            '<tool_call>\n{"name": f}\n</tool_call>\n' + CALL_X,
+            '<tool_call>\n{"name": f}\n</tool_call>',
+            [("f", '{"x": 1}')],
+        ),
+    ],
+)
+def test_a_response_that_begins_with_a_call_tag_still_ends_at_its_own(inside, content, calls):
+    text = f"abc\n</think>\n\n<response>\n{inside}</response>\n"
+    assert parse_response(text, TOOLS) == message("abc", content, *calls)
+    text += "\n" + CALL_X
+    assert parse_response(text, TOOLS) == message("abc", content, *calls, ("f", '{"x": 1}'))
+    assert collect_message(stream(list(text))) == parse_response(text, TOOLS)
 
 
 def test_without_tools_a_call_is_text():
