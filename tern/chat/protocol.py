@@ -98,16 +98,16 @@ class ChatProtocol:
     def text_stream(self, params: TextParams, *, prompt: RenderedPrompt | None = None) -> TextStream:
         """The stream for one response to `prompt` (None or a plain prompt: no thought to watch).
 
-        In a chat, stop strings count only behind the thought.
+        In a chat, stop strings do not count inside a thought.
         """
-        thinks = prompt is not None and prompt.state is ParserState.REASONING
+        end = prompt.text if prompt is not None and prompt.state is not None else None
         stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
         return TextStream(
             self.tokenizer,
             stop=stop,
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
-            stop_after=END_THINK if thinks else None,
             min_tokens=params.min_tokens,
-            thinking=ThinkingControl(max_tokens=params.reasoning_max_tokens) if thinks else None,
+            thinking=ThinkingControl(max_tokens=params.reasoning_max_tokens) if end is not None else None,
+            prompt_end=end or "",
         )

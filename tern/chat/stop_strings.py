@@ -73,6 +73,8 @@ class StopStrings:
         return seen[: len(seen) - keep]
 
     def finish(self) -> str:
-        """The text is over: what was held back."""
+        """The text is over: what was held back. What may come is another text."""
         held, self._held = self._held, ""
+        for matcher in self._matchers:
+            matcher.matched = 0
         return held

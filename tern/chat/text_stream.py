@@ -6,12 +6,20 @@ and which tokens to write next, and whoever drives it obeys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tern.chat.detokenizer import Detokenizer
 from tern.chat.loop_guard import LoopGuard
-from tern.chat.parser import END_THINK
+from tern.chat.parser import (
+    END_RESPONSE,
+    END_THINK,
+    END_TOOL_CALL,
+    THINK,
+    ParserState,
+    state_after_prompt,
+)
 from tern.chat.stop_strings import StopStrings
 from tern.chat.tokenizer import Tokenizer
 
@@ -22,6 +30,9 @@ CLOSING_SENTENCE = {
     "zh": "\n\n我已经想得够久了，现在就根据已有的思考作答。",
 }
 _LANGUAGE_SAMPLE = 400  # characters at the end of the thought that say which language it is in
+_END_THINK = re.compile(END_THINK)
+_OPENED_AGAIN = re.compile(rf"(?:{END_THINK}|{END_RESPONSE}|{END_TOOL_CALL})\n*{THINK}")
+_LONGEST_OPENING = 64  # characters of a tag, newlines and <think>
 _MAX_CHARACTER_TOKENS = 3  # tokens after which an unfinished character will not be finished
 
 
@@ -53,12 +64,13 @@ class TextStep:
 class TextStream:
     """Turns the tokens of one response into text.
 
-    `stop` strings are found across token borders; with `stop_after` they count only behind the first occurrence of
-    that text, and never before the response has `min_tokens` tokens. `thinking` is given when the response begins
-    inside a thought. The response continues a prompt, so the space before its first word is kept.
+    `stop` strings are found across token borders, but not inside a thought, and never before the response has
+    `min_tokens` tokens. `thinking` is given for the response of a chat, and with it `prompt_end`, the last characters
+    of its prompt, which say whether the response begins inside a thought. The response continues a prompt, so the space
+    before its first word is kept.
 
-    `num_reasoning_tokens` counts the tokens up to and with the one that completes `</think>`, forced ones included;
-    `stop_string` is the stop string that was found.
+    `num_reasoning_tokens` counts a thought's tokens up to and with the one that completes `</think>`, forced ones
+    included; `stop_string` is the stop string that was found.
     """
 
     def __init__(
@@ -68,22 +80,20 @@ class TextStream:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
-        stop_after: str | None = None,
         min_tokens: int = 0,
         thinking: ThinkingControl | None = None,
+        prompt_end: str = THINK,
     ) -> None:
         self._vocab_size = tokenizer.vocab_size
         self._detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stops = StopStrings(stop, include=include_stop)
-        self._marker = stop_after if stop else None  # until it is found
-        self._marker_tail = ""
         self._tokens_before_stop = max(0, min_tokens - 1)  # a stop string may not end the response at these
-        self._thought = Thought(tokenizer, thinking) if thinking is not None else None
+        self._thoughts = _Thoughts(tokenizer, thinking, prompt_end) if thinking is not None else None
 
     @property
     def num_reasoning_tokens(self) -> int:
         """Tokens of the thought so far."""
-        return self._thought.num_tokens if self._thought is not None else 0
+        return self._thoughts.num_tokens if self._thoughts is not None else 0
 
     @property
     def stop_string(self) -> str | None:
@@ -94,13 +104,14 @@ class TextStream:
         """Take the next token, sampled or forced."""
         # A network may have more ids than its tokenizer (padding, a stand-in tokenizer): those have no text.
         text = self._detokenizer.push(token_id) if token_id < self._vocab_size else ""
-        force: tuple[int, ...] = ()
-        if self._thought is not None and self._thought.open:
-            force = self._thought.push(token_id, text, inside_character=self._detokenizer.inside_character)
+        thoughts = self._thoughts if self._thoughts is not None and self._thoughts.borders.inside else None
         released = self._watch(text)
         self._tokens_before_stop = max(0, self._tokens_before_stop - 1)
-        stopped = self._stops.found is not None
-        return TextStep(released, stopped, () if stopped else force)
+        if self._stops.found is not None:
+            return TextStep(released, stop=True)
+        if thoughts is None:
+            return TextStep(released)
+        return TextStep(released, force=thoughts.push(token_id, text, self._detokenizer.inside_character))
 
     def finish(self) -> str:
         """The response is over: the text that was held back, unless a stop string ended it."""
@@ -109,43 +120,67 @@ class TextStream:
         return self._watch(self._detokenizer.finish()) + self._stops.finish()
 
     def _watch(self, text: str) -> str:
-        if self._marker is None:
+        """What of the text can be released: all of a thought, and up to a stop string elsewhere."""
+        if self._thoughts is None:
             return self._find_stop(text)
-        seen = self._marker_tail + text
-        found = seen.find(self._marker)
-        if found < 0:
-            self._marker_tail = seen[max(0, len(seen) - len(self._marker) + 1) :]
-            return text
-        behind = found + len(self._marker) - len(self._marker_tail)
-        self._marker = None
-        return text[:behind] + self._find_stop(text[behind:])
+        released = ""
+        for inside, piece in self._thoughts.borders.split(text):
+            released += self._stops.finish() + piece if inside else self._find_stop(piece)
+            if self._stops.found is not None:
+                break
+        return released
 
     def _find_stop(self, text: str) -> str:
         return text if self._tokens_before_stop else self._stops.push(text)
 
 
-class Thought:
-    """The thought of one response: counts it, sees it end, and ends it when its bounds are reached."""
+class _Borders:
+    """Where thoughts begin and end in a response, as `ResponseParser` sees it; `inside`: the text so far ends in one."""
 
-    def __init__(self, tokenizer: Tokenizer, control: ThinkingControl) -> None:
+    def __init__(self, prompt_end: str) -> None:
+        self.inside = state_after_prompt(prompt_end) is ParserState.REASONING
+        self._tail = "" if self.inside else prompt_end[-_LONGEST_OPENING:]
+
+    def split(self, text: str) -> Iterator[tuple[bool, str]]:
+        """The next text in pieces, each with whether it belongs to a thought; its closing tag still does."""
+        while text:
+            inside, seen = self.inside, self._tail + text
+            found = (_END_THINK if inside else _OPENED_AGAIN).search(seen)
+            if found is None:
+                self._tail = seen[-_LONGEST_OPENING:]
+                yield inside, text
+                return
+            border = found.end() - len(self._tail)
+            piece, text = text[:border], text[border:]
+            self._tail = END_THINK if inside else ""
+            self.inside = not inside
+            yield inside, piece
+
+
+class _Thoughts:
+    """The thoughts of one response: counts their tokens, and ends one when the budget is spent or it repeats itself."""
+
+    def __init__(self, tokenizer: Tokenizer, control: ThinkingControl, prompt_end: str) -> None:
+        self.borders = _Borders(prompt_end)
         self._tokenizer = tokenizer
         self._control = control
-        self._guard = LoopGuard() if control.loop_guard else None
+        self.num_tokens = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._guard = LoopGuard() if self._control.loop_guard else None
         self._tail = ""  # the end of the thought's text
         self._closing = False
         self._overdue = False
         self._half_character = 0
-        self.open = True
-        self.num_tokens = 0
 
-    def push(self, token_id: int, text: str, *, inside_character: bool) -> tuple[int, ...]:
-        """Take one token of the thought and its text; returns the tokens that end the thought, mostly none."""
+    def push(self, token_id: int, text: str, inside_character: bool) -> tuple[int, ...]:
+        """Take a token that began inside a thought; returns the tokens that end the thought, mostly none."""
         self.num_tokens += 1
-        searched = self._tail[-(len(END_THINK) - 1) :] + text
-        self._tail = (self._tail + text)[-_LANGUAGE_SAMPLE:]
-        if END_THINK in searched:
-            self.open = False
+        if not self.borders.inside:
+            self._begin()
             return ()
+        self._tail = (self._tail + text)[-_LANGUAGE_SAMPLE:]
         if self._closing:
             return ()
         budget = self._control.max_tokens

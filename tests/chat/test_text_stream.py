@@ -103,7 +103,7 @@ def test_without_a_stop_the_held_text_comes_at_the_end(tokenizer):
 
 def test_stops_count_only_behind_the_marker(byte_level):
     written = "stop in the thought\n</think>\n\n<response>\nnow stop here"
-    stream = TextStream(byte_level, stop=["stop", "think>"], stop_after="</think>")
+    stream = TextStream(byte_level, stop=["stop", "think>"], thinking=ThinkingControl())
     text, _, stopped, _ = drive(stream, byte_level, written)
     assert stopped
     assert text == "stop in the thought\n</think>\n\n<response>\nnow "
@@ -111,7 +111,7 @@ def test_stops_count_only_behind_the_marker(byte_level):
 
 def test_stops_behind_a_marker_of_many_tokens(byte_level):
     ids = [i for char in "xx</think>xx" for i in byte_level.encode(char)]
-    stream = TextStream(byte_level, stop=["x"], stop_after="</think>")
+    stream = TextStream(byte_level, stop=["x"], thinking=ThinkingControl())
     text, _, stopped, _ = drive(stream, byte_level, "", tokens=ids)
     assert (text, stopped) == ("xx</think>", True)
 
@@ -229,6 +229,48 @@ def test_a_thought_that_loops_is_closed(byte_level):
     assert parse_response(text).content == "42"
     unguarded = TextStream(byte_level, thinking=ThinkingControl(loop_guard=False))
     assert drive(unguarded, byte_level, "Wait, I should check that again. " * 300)[3] == []
+
+
+SECOND = "short\n</think>\n\n<think>\n"
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_second_thought_has_the_same_bounds(byte_level, split):
+    written = SECOND + "Wait, I should check that again. " * 300
+    ids = [i for char in written for i in byte_level.encode(char)] if split else None
+    for control in (ThinkingControl(max_tokens=60, loop_guard=False), ThinkingControl()):
+        stream = TextStream(byte_level, thinking=control)
+        text, taken, _, forced = drive(stream, byte_level, written, tokens=ids)
+        assert len(forced) == 1
+        message = parse_response(text)
+        assert message.content == "42"
+        assert message.reasoning_content.startswith("short\nWait")
+        assert 60 <= stream.num_reasoning_tokens < len(taken)
+
+
+def test_stops_do_not_count_inside_a_second_thought(byte_level):
+    written = SECOND + "stop\n</think>\n\n<response>\nnow stop"
+    for text in (written, written.replace("</think>\n\n<think>", "</think>\n\n<response>\na\n</response>\n<think>")):
+        ids = [i for char in text for i in byte_level.encode(char)]
+        stream = TextStream(byte_level, stop=["stop", "<x"], thinking=ThinkingControl())
+        assert drive(stream, byte_level, "", tokens=ids)[0] == text.removesuffix("stop")
+
+
+@pytest.mark.parametrize(
+    ("prompt_end", "text", "thinks"),
+    [
+        ("</think>\n\n", "<think>\nhm", True),
+        ("</think>\n\n", "\n\n<think>\nhm", True),
+        ("</think>\n\n", "So: <think>\nhm", False),
+        ("<response>\n", "<think>\nhm", False),
+        ("<response>\n", "a\n</response>\n<think>\nhm", True),
+        ("<think>\n", "<think>\nhm", True),
+    ],
+)
+def test_a_response_that_does_not_begin_inside_a_thought_may_open_one(byte_level, prompt_end, text, thinks):
+    stream = TextStream(byte_level, thinking=ThinkingControl(max_tokens=1), prompt_end=prompt_end)
+    _, _, _, forced = drive(stream, byte_level, "", tokens=[i for char in text for i in byte_level.encode(char)])
+    assert bool(forced) == thinks
 
 
 def test_an_answer_may_repeat_itself(byte_level):
