@@ -8,6 +8,7 @@ never opened.
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,12 +61,14 @@ def _read_file(path: Path, problems: Problems) -> list[TensorEntry] | None:
 
 def _read_shards(directory: Path, present: list[str], problems: Problems) -> Inventory:
     """The tensors of all shards. A tensor that its shard lacks is left to whoever needs it to miss it."""
-    weight_map = _read_weight_map(directory / INDEX_FILE, problems)
+    names_of: dict[str, set[str]] = defaultdict(set)
+    for name, shard in _read_weight_map(directory / INDEX_FILE, problems).items():
+        names_of[shard].add(name)
+    there = set(present)
     entries: list[TensorEntry] = []
     lost: set[str] = set()
-    for shard in sorted(set(weight_map.values())):
-        expected = {name for name, file in weight_map.items() if file == shard}
-        if shard not in present:
+    for shard, expected in sorted(names_of.items()):
+        if shard not in there:
             problems.add("missing file", f"{shard}, which holds {len(expected)} tensors; download the checkpoint again")
             lost |= expected
             continue

@@ -9,6 +9,8 @@ from typing import NoReturn
 from tern.errors import CheckpointError
 
 SHOWN_PER_KIND = 20
+SHOWN_LENGTH = 400
+"""Characters of a finding: names come from the files and may be of any length and kind."""
 
 
 class Problems:
@@ -19,7 +21,8 @@ class Problems:
 
     def add(self, kind: str, finding: str) -> None:
         """Note one finding; kinds are listed in the order in which they first appear."""
-        self._by_kind[kind].append(finding)
+        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in finding[:SHOWN_LENGTH])
+        self._by_kind[kind].append(shown + "..." * (len(finding) > SHOWN_LENGTH))
 
     def __bool__(self) -> bool:
         return bool(self._by_kind)

@@ -120,6 +120,13 @@ class BlockPool:
                 self._index[digest] = block
                 self._content[block] = CachedBlock(digest, self._tokens(sequence, index))
 
+    def forget(self, sequence: Sequence) -> None:
+        """Let the content of the sequence's blocks not be found again."""
+        for block in sequence.block_table:
+            content = self._content.pop(block, None)
+            if content is not None:
+                del self._index[content.digest]
+
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from the sequence. Content that can be found again is reused last."""
         for block in reversed(sequence.block_table):

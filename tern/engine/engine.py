@@ -186,9 +186,16 @@ class Engine:
         return True
 
     def end_all(self, reason: FinishReason, message: str | None = None) -> None:
-        """Finish every request, because the engine stops."""
-        for sequence in list(self.sequences.values()):
-            self._finish(sequence, reason, message=message)
+        """Finish every request, because the engine stops: even if its books are wrong, each gets its ending."""
+        while self.sequences:
+            sequence = next(iter(self.sequences.values()))
+            try:
+                self.scheduler.remove(sequence)
+            except Exception:
+                logger.exception("Request %r could not be taken from the queues", sequence.request_id)
+                self.pool.release(sequence)
+                sequence.status = SequenceStatus.FINISHED
+            self._end(sequence, reason, message=message)
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, cache and counters."""
@@ -283,6 +290,7 @@ class Engine:
         sampling = (chunk.sequence for chunk in chunks if chunk.samples)
         for sequence, token in zip(sampling, tokens, strict=True):
             if isinstance(token, str):
+                self.pool.forget(sequence)  # what could not be read from must not be found again
                 self._finish(sequence, FinishReason.ERROR, message=token)
             else:
                 self._append(sequence, token)
@@ -323,6 +331,17 @@ class Engine:
         if sequence.status is SequenceStatus.FINISHED:  # its sink cancelled it just now
             return
         self.scheduler.remove(sequence)
+        self._end(sequence, reason, stop_token_id=stop_token_id, message=message)
+
+    def _end(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        *,
+        stop_token_id: int | None = None,
+        message: str | None = None,
+    ) -> None:
+        """Tell the sink of a sequence that stands in no queue any more."""
         del self.sequences[sequence.request_id]
         self._finished[reason] += 1
         finish = Finish(

@@ -191,7 +191,7 @@ def _draw_truncated(scores: Tensor, states: Ordered[SamplingState], uniforms: Te
     vocab = scores.shape[1]
     top_k = torch.tensor([state.params.top_k if state.params.top_k > 0 else vocab for state in states])
     top_k = top_k.to(scores.device)[:, None].clamp(max=vocab)
-    top_p = _column([state.params.top_p for state in states], scores).double()
+    top_p = torch.tensor([state.params.top_p for state in states], dtype=torch.float64, device=scores.device)[:, None]
     totals = scores.exp().sum(dim=-1, dtype=torch.float64, keepdim=True)
     tokens = torch.empty(len(states), dtype=torch.int64, device=scores.device)
     rows = torch.arange(len(states), device=scores.device)
@@ -213,6 +213,15 @@ def _likeliest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return best, ids.gather(1, order)
 
 
+def _best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As `_likeliest`, and of the scores that equal the last one those of the lowest ids: [rows, count]."""
+    vocab = scores.shape[1]
+    best, ids = _likeliest(scores, min(count + 1, vocab))
+    if count < vocab and count > 0 and bool((best[:, count - 1] == best[:, count]).any()):
+        best, ids = _likeliest(scores, vocab)
+    return best[:, :count], ids[:, :count]
+
+
 def _draw_sorted(
     best: Tensor, ids: Tensor, totals: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -226,6 +235,7 @@ def _draw_sorted(
     sums = weights.cumsum(dim=-1)
     mass = torch.where(top_k <= best.shape[1], sums[:, -1:], totals)
     kept = (weights > 0) & (sums - weights < top_p * mass)  # a token stays while those before it have not reached top_p
+    kept[:, :1] = True  # the likeliest stays even under a top_p whose product with the mass is zero
     last_kept = best.gather(1, kept.sum(dim=-1, keepdim=True) - 1)
     settled = (last_kept > best[:, -1:]).squeeze(1)
     weights *= kept
@@ -241,9 +251,10 @@ def _logprobs(
     scores = raw.log_softmax(dim=-1)
     ids = tokens[_index(rows, tokens)]
     chosen = scores.gather(1, ids[:, None])
-    ranks = ((scores > chosen).sum(dim=-1) + 1).tolist()
+    earlier = torch.arange(raw.shape[1], device=raw.device) < ids[:, None]
+    ranks = (((scores > chosen) | ((scores == chosen) & earlier)).sum(dim=-1) + 1).tolist()
     wanted = [min(states[row].params.logprobs or 0, raw.shape[1]) for row in rows]
-    best, best_ids = (part.tolist() for part in scores.topk(max(wanted), dim=-1))
+    best, best_ids = (part.tolist() for part in _best_scores(scores, max(wanted)))
     answer = {}
     for place, (row, token, score) in enumerate(zip(rows, ids.tolist(), chosen.squeeze(1).tolist(), strict=True)):
         top = zip(best_ids[place][: wanted[place]], best[place], strict=False)

@@ -147,9 +147,10 @@ class EngineService:
                 self._state = ServiceState.FAILED
                 self._take_submitted()
             self._engine.end_all(FinishReason.ERROR, FAILED)
-        with self._changed:
-            self._idle = True
-            self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._idle = True
+                self._changed.notify_all()
 
     def _turn(self) -> bool:
         """Take up what callers left, then do one step, or sleep until there is one to do; False to end the thread."""

@@ -38,6 +38,15 @@ def write(tmp_path: Path) -> Callable[[Tensors], Path]:
     return lambda tensors: write_checkpoint(tmp_path / "single", moe_model(), tensors)
 
 
+def test_names_from_files_are_shown_short_and_harmless(write: Callable[[Tensors], Path]) -> None:
+    tensors = pt_tensors(moe_model()) | {"\x1b[2J" + "x" * 100_000: torch.ones(1), "a\nb": torch.ones(1)}
+    text = complaint(write(tensors))
+    assert len(text) < 2000
+    assert "\x1b" not in text
+    assert "surplus: \\x1b[2Jxxx" in text
+    assert "surplus: a\\nb" in text
+
+
 def test_everything_is_listed_at_once(write: Callable[[Tensors], Path]) -> None:
     tensors = pt_tensors(moe_model())
     del tensors["model.norm.weight"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -342,10 +341,3 @@ class TestMemory:
         before = (directory / "model.safetensors").read_bytes()
         load_tensors(resolve_model(str(directory)))["embed"].zero_()
         assert (directory / "model.safetensors").read_bytes() == before
-
-
-def test_index_and_config_survive_as_ordinary_json(tmp_path: Path) -> None:
-    """The writer of these tests writes what Hugging Face tools read."""
-    directory = write_checkpoint(tmp_path / "it", moe_model(), pt_tensors(moe_model()), shards=2)
-    index = json.loads((directory / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    assert set(index["weight_map"]) == set(pt_tensors(moe_model()))

@@ -92,14 +92,15 @@ def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
 
 
 def test_a_stop_string_waits_for_min_tokens(llm: LLM) -> None:
-    params: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
+    params: dict[str, Any] = {"temperature": 3.0, "seed": 1, "max_tokens": 20, "ignore_eos": True}
     [free] = llm.generate("Hello", SamplingParams(**params))
-    stop = llm.get_tokenizer().decode(free.outputs[0].token_ids[1:2])
-    for fewest in (1, 2, 3, 12):
-        [held] = llm.generate("Hello", SamplingParams(**params, min_tokens=fewest, stop=[stop]))
+    texts = [llm.get_tokenizer().decode([token]) for token in free.outputs[0].token_ids]
+    place = next(at for at in range(2, 19) if texts[at].isalpha() and texts[at] not in "".join(texts[:at]))
+    for fewest in (1, place + 1, place + 2, 20):
+        [held] = llm.generate("Hello", SamplingParams(**params, min_tokens=fewest, stop=[texts[place]]))
         assert len(held.outputs[0].token_ids) >= fewest
         assert held.outputs[0].token_ids == free.outputs[0].token_ids[: len(held.outputs[0].token_ids)]
-        assert (len(held.outputs[0].token_ids) == 2) == (fewest <= 2)
+        assert (len(held.outputs[0].token_ids) == place + 1) == (fewest <= place + 1)
 
 
 def test_calls_from_several_threads_take_turns(llm: LLM) -> None:

@@ -285,6 +285,21 @@ def test_logits_that_are_not_finite_end_one_request() -> None:
     assert len(sound.ids) == 8
 
 
+def test_what_gave_no_finite_logits_is_not_found_again() -> None:
+    model = HashModel()
+    engine = make_engine(model)
+    prompt = [60, *range(5, 40)]
+    for spoilt in (True, False):
+        model.spoil_token = 60 if spoilt else None
+        sink = add(engine, f"spoilt {spoilt}", prompt)
+        run(engine)
+        assert sink.end.num_cached_tokens == 0
+        assert (sink.end.reason is FinishReason.ERROR) == spoilt
+    again = add(engine, "sound", prompt)
+    run(engine)
+    assert again.end.num_cached_tokens > 0
+
+
 @pytest.mark.parametrize(
     ("prompt", "fields", "error", "words"),
     [

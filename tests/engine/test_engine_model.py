@@ -13,7 +13,7 @@ from engine_fakes import add, run
 from tern.checkpoint import GenerationConfig, ModelSource
 from tern.engine import Engine, EngineOptions, FinishReason
 from tern.errors import OptionError
-from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, parameter_shapes
+from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, float32_parameters, parameter_shapes
 
 VOCAB = 320
 LENGTH = 160
@@ -59,8 +59,8 @@ PROMPTS = [
 
 @lru_cache
 def network(architecture: str) -> ErnieModel:
-    """A network of random float32 weights, large enough for answers that vary."""
-    moe = architecture == "moe"
+    """A network of random weights, large enough for answers that vary; float32 unless the name ends in bf16."""
+    moe = architecture.startswith("moe")
     config = ErnieConfig.from_dict(
         {**SMALL, "model_type": "ernie4_5_moe", **EXPERTS} if moe else {**SMALL, "model_type": "ernie4_5"}
     )
@@ -76,6 +76,9 @@ def network(architecture: str) -> ErnieModel:
             tensors[name] = 0.05 * noise  # small, or a tied head would mostly repeat the last token
         else:
             tensors[name] = 3 * noise / shape[-1] ** 0.5
+    if architecture.endswith("bf16"):
+        wide = float32_parameters(config)
+        tensors = {name: value if name in wide else value.bfloat16() for name, value in tensors.items()}
     return ErnieModel(config, tensors)
 
 
@@ -109,7 +112,7 @@ def build(architecture: str, **options: Any) -> Engine:
     return Engine(network(architecture), {EOS}, EngineOptions.from_keywords(**values))
 
 
-@pytest.mark.parametrize("architecture", ["dense", "moe"])
+@pytest.mark.parametrize("architecture", ["dense", "moe", "moe bf16"])
 @pytest.mark.parametrize(
     "options",
     [

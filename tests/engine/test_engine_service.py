@@ -11,7 +11,7 @@ import pytest
 from engine_fakes import HashModel, Recorder, make_engine, make_request
 
 from tern.engine import CONTINUE, EngineService, Finish, FinishReason, GeneratedToken, Steering
-from tern.engine.service import FAILED, STOPPED
+from tern.engine.service import FAILED, IDLE_BEAT_SECONDS, STOPPED
 from tern.errors import ContextLengthError, EngineUnavailableError, InvalidRequestError, QueueFullError
 
 PATIENCE = 60.0  # seconds; never reached unless something hangs
@@ -150,15 +150,28 @@ def test_a_cancellation_that_comes_too_late_spares_the_next_request_of_that_id(s
     assert again.result().reason is FinishReason.LENGTH
 
 
-def test_an_idle_engine_sleeps_and_its_heart_beats(service: EngineService) -> None:
+def test_an_idle_engine_sleeps_and_its_heart_beats(service: EngineService, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sleeps until it is woken or a beat is due, and then gives a sign of life."""
+    slept: list[float | None] = []
+    beats = threading.Semaphore(0)
+
+    def wait(timeout: float | None = None) -> bool:
+        slept.append(timeout)
+        beats.release()
+        return sleep(0.01)
+
+    sleep = service._changed.wait
+    monkeypatch.setattr(service._changed, "wait", wait)
     submit(service, "only").result()
     steps = service.stats().steps
-    before = time.thread_time_ns()
-    waited = threading.Event().wait(1.2)
-    assert not waited
+    for _ in range(3):
+        before = service._beat
+        assert beats.acquire(timeout=PATIENCE)
+        while service._beat == before:
+            time.sleep(0.001)
+    assert set(slept) == {IDLE_BEAT_SECONDS}
+    assert 0.1 <= IDLE_BEAT_SECONDS <= 5, "neither a busy loop nor a heart that seems to have stopped"
     assert service.stats().steps == steps
-    assert service.heartbeat_age() < PATIENCE
-    assert time.thread_time_ns() >= before
     assert service.state == "ready"
 
 
@@ -258,4 +271,17 @@ def test_broken_books_end_the_service(service: EngineService) -> None:
     for ended in (sink, queued):
         assert (ended.result().reason, ended.end.message) == (FinishReason.ERROR, FAILED)
     service._thread.join(PATIENCE)
+    assert service.state == "failed"
+
+
+def test_every_request_is_answered_even_if_the_queues_have_lost_some(service: EngineService) -> None:
+    gate = threading.Event()
+    sink = submit(service, "lost", gate=gate)
+    assert sink.started.wait(PATIENCE)
+    queued = [submit(service, name) for name in ("b", "c")]
+    service.engine.scheduler.running.clear()
+    gate.set()
+    assert all(ended.result() for ended in queued)
+    assert (sink.result().reason, sink.end.message) == (FinishReason.ERROR, FAILED)
+    assert service.drain(PATIENCE)
     assert service.state == "failed"

@@ -234,6 +234,23 @@ def test_a_nucleus_larger_than_the_candidates_is_drawn_from_exactly(top_k: int) 
         assert (ends[place - 1] if place else 0.0) - 1e-5 <= number <= ends[place] + 1e-5
 
 
+@pytest.mark.parametrize("top_p", [1e-30, 1e-46, 1e-300, 5e-324])
+def test_the_smallest_nucleus_is_the_likeliest_token(top_p: float) -> None:
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
+    rows = [make_row(temperature=1.0, top_p=top_p, seed=seed) for seed in range(3)]
+    assert [token.token_id for token in sample(logits, rows)] == logits.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("top_p", "vocab", "kept"),
+    [(0.1, 10, 1), (0.2, 10, 2), (0.4, 10, 4), (0.6, 10, 6), (0.8, 10, 8), (0.05, 20, 1), (0.3, 20, 6)],
+)
+def test_a_nucleus_that_is_reached_exactly_takes_no_token_more(top_p: float, vocab: int, kept: int) -> None:
+    rows = [make_row(temperature=1.0, top_p=top_p, seed=seed) for seed in range(300)]
+    drawn = {token.token_id for token in sample(torch.zeros(300, vocab), rows)}
+    assert drawn == set(range(kept))
+
+
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
     for vocab in (7, 256, 700):
         logits = torch.zeros(2, vocab)
@@ -293,6 +310,19 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert drawn.top_logprobs == ()
     assert drawn.logprob.logprob == pytest.approx(float(scores[1, drawn.token_id]), abs=1e-5)
     assert silent.logprob is None
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 3, 5, 20])
+def test_logprobs_of_equals_are_in_the_order_of_ids(wanted: int) -> None:
+    logits = torch.zeros(2, 30)
+    logits[0, [4, 7, 9]] = 1.0
+    first, second = sample(logits, [make_row(temperature=0.0, logprobs=wanted) for _ in range(2)])
+    order = [4, 7, 9, *(token for token in range(30) if token not in (4, 7, 9))]
+    assert [(top.token_id, top.rank) for top in first.top_logprobs] == [(order[i], i + 1) for i in range(wanted)]
+    assert (first.logprob.token_id, first.logprob.rank) == (4, 1)
+    assert [top.token_id for top in second.top_logprobs] == list(range(wanted))
+    forced = sample(logits, [make_row(temperature=0.0, logprobs=wanted, logit_bias={9: 50.0}), make_row()])[0]
+    assert (forced.logprob.token_id, forced.logprob.rank) == (9, 3)
 
 
 def test_choices_of_one_seed_differ_and_repeat() -> None:
