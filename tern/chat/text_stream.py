@@ -135,7 +135,7 @@ class TextStream:
 
 
 class _Borders:
-    """Where thoughts begin and end in a response, as `ResponseParser` sees it; `inside`: the text so far ends in one."""
+    """Where thoughts begin and end in a response, as `ResponseParser` sees it. `inside`: the text ends in one."""
 
     def __init__(self, prompt_end: str) -> None:
         self.inside = state_after_prompt(prompt_end) is ParserState.REASONING

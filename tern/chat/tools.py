@@ -151,12 +151,14 @@ def _check_keywords(schema: Mapping[str, Any], path: str) -> None:
         raise _wrong(f"{path}.required", schema["required"], "it must list names of properties")
     for key in _COUNTS:
         value = schema.get(key, 0)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1:
             raise _wrong(f"{path}.{key}", value, "it must be a whole number of at least 0")
     for key in (*_NUMBERS, *_EXCLUSIVE):
         value = schema.get(key, 0)
         if not isinstance(value, int | float) or (isinstance(value, bool) and key in _NUMBERS):
             raise _wrong(f"{path}.{key}", value, "it must be a number")
+    if schema.get("multipleOf", 1) <= 0:
+        raise _wrong(f"{path}.multipleOf", schema["multipleOf"], "it must be a number above 0")
     for key in _TEXTS:
         if not isinstance(schema.get(key, ""), str):
             raise _wrong(f"{path}.{key}", schema[key], "it must be text")

@@ -49,7 +49,7 @@ class GenerationConfig:
 
     @classmethod
     def from_directory(cls, directory: Path, config: ErnieConfig) -> GenerationConfig:
-        """Read `generation_config.json`; without the file, or without an `eos_token_id` in it, the config's eos counts.
+        """Read `generation_config.json`; without the file, or without `eos_token_id` in it, the config's eos counts.
 
         Raises `CheckpointError` that lists every value that cannot be.
         """
@@ -75,7 +75,7 @@ class GenerationConfig:
 
 
 def _eos(value: Any, config: ErnieConfig, problems: list[str]) -> frozenset[int]:
-    if value is None or value == []:
+    if value is None:
         return frozenset(config.eos_token_ids)
     ids = value if isinstance(value, list) else [value]
     wrong = [item for item in ids if type(item) is not int or not 0 <= item < config.vocab_size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     A `TernError` becomes one line on standard error: exit status 2 for wrong usage, 1 for what went wrong later.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? in its place
     try:
         arguments = with_dashes(sys.argv[1:] if argv is None else argv)
         if arguments[:1] == ["serve"]:

@@ -30,7 +30,7 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, thought included.")] = None,
     reasoning_max_tokens: Annotated[int | None, typer.Option(help="Longest thought.")] = None,
     thinking: Annotated[bool, typer.Option(help="Think before answering.")] = True,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest conversation, tokens.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:

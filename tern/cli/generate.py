@@ -27,7 +27,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, thought included.")] = None,
     reasoning_max_tokens: Annotated[int | None, typer.Option(help="Longest thought.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
@@ -59,6 +59,8 @@ def generate(
         typer.echo(json.dumps(_as_json(answer), ensure_ascii=False))
     else:
         printer.end()
+    if answer.finish_reason == "cancelled":
+        raise KeyboardInterrupt  # what there was has been printed; a pipe must not take it for the whole
 
 
 def _as_json(answer: Answer) -> dict[str, Any]:

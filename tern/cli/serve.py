@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("tern.serve")
 
+MAX_GIB = 2**20
+
 _TRY = """
 {name} answers at {url}. Try it:
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\
     -d '{{"messages": [{{"role": "user", "content": "What is 1234 + 4321?"}}]}}'
 """
 
@@ -34,7 +36,7 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(min=0, max=65535, help="A port of its own for /metrics.")] = None,
     api_key: Annotated[list[str] | None, typer.Option(envvar="TERN_API_KEY", help="Required of clients.")] = None,
     allow_public: Annotated[bool, typer.Option(help="Serve other machines although there is no --api-key.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
@@ -81,7 +83,7 @@ def serve(
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
-        kv_cache_memory=None if kv_cache_memory is None else int(kv_cache_memory * 2**30),
+        kv_cache_memory=None if kv_cache_memory is None else _gibibytes("--kv-cache-memory", kv_cache_memory),
         enable_prefix_caching=prefix_caching,
         **{name: value for name, value in chosen.items() if value is not None},
     )
@@ -117,7 +119,15 @@ def _open_and_run(
         logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
         return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory), source)
 
-    run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url)))
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if server_options.api_keys else ""
+    run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url, key=key)))
+
+
+def _gibibytes(flag: str, size: float) -> int:
+    """A size in GiB as bytes."""
+    if not 0 < size <= MAX_GIB:
+        raise OptionError(f"{flag} is {size:g}: it must be a number of GiB above 0 and at most {MAX_GIB}.")
+    return max(1, int(size * 2**30))
 
 
 def configure_logging(level: str) -> None:

@@ -71,6 +71,12 @@ class EngineService:
         """Longest prompt and answer together, in tokens."""
         return self._engine.max_model_len
 
+    @property
+    def capacity(self) -> int | None:
+        """Most requests, running and waiting, that are taken at once; None has no limit."""
+        options = self._engine.options
+        return None if options.max_queue is None else options.max_num_seqs + options.max_queue
+
     def start(self) -> None:
         """Begin to serve."""
         with self._changed:

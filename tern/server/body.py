@@ -10,9 +10,10 @@ import math
 from typing import Any, NamedTuple
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from tern.errors import InvalidRequestError
-from tern.server.errors import BodyTooLargeError
+from tern.server.errors import BodyTooLargeError, ClientGoneError
 from tern.server.offload import Offload
 
 JsonObject = dict[str, Any]
@@ -32,7 +33,8 @@ async def read_json(request: Request, limit: int, offload: Offload) -> Body:
     """The body as a JSON object.
 
     Raises `BodyTooLargeError` past `limit` bytes, whether or not the client announced the length, and
-    `InvalidRequestError` for anything but an object of finite numbers and encodable text.
+    `InvalidRequestError` for anything but an object of finite numbers and encodable text, and `ClientGoneError` if the
+    client leaves before it has sent everything.
     """
     raw = await _read_limited(request, limit)
     return Body(await offload.run(len(raw), parse_json_object, raw), len(raw))
@@ -45,12 +47,15 @@ async def _read_limited(request: Request, limit: int) -> bytes:
     read = 0
     # A client that is still sending reads no answer, so up to a second `limit` of bytes is taken in and dropped.
     if size <= 2 * limit:
-        async for piece in request.stream():
-            read += len(piece)
-            if read <= limit:
-                pieces.append(piece)
-            if read > 2 * limit:
-                break
+        try:
+            async for piece in request.stream():
+                read += len(piece)
+                if read <= limit:
+                    pieces.append(piece)
+                if read > 2 * limit:
+                    break
+        except ClientDisconnect:
+            raise ClientGoneError from None
     if max(read, size) > limit:
         raise BodyTooLargeError(
             f"The body has {_at_least(read, size)} bytes, more than the {limit} that this server reads: "

@@ -15,7 +15,7 @@ from tern.server.generation import Generation
 from tern.server.logprobs import chat_logprobs
 from tern.server.progress import Progress, by_choice
 from tern.server.sink import Ending, Update
-from tern.server.streaming import DONE, KEEP_ALIVE, sse
+from tern.server.streaming import DONE, sse, with_comments
 from tern.server.usage import running_usage, total_usage
 
 
@@ -181,10 +181,7 @@ async def stream_answer(shape: ChatShape, generation: Generation, silence: float
     writer = ChunkWriter(shape)
     for event in writer.opening():
         yield event
-    async for updates in generation.updates(silence):
-        if not updates:
-            yield KEEP_ALIVE
-        for event in writer.chunks(updates):
-            yield event
+    async for event in with_comments(generation, writer.chunks, silence):
+        yield event
     for event in writer.closing():
         yield event

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tern.chat import TextStream
 from tern.engine import Request, SamplingParams
+from tern.errors import InvalidRequestError
 from tern.server.generation import Generation
 from tern.server.sink import ChoiceSink, EventParser, Mailbox
 from tern.server.state import AppState
@@ -38,13 +39,23 @@ class Plan:
 
 
 def start(state: AppState, plan: Plan) -> Generation:
-    """A generation for the plan, not submitted yet. Call it on the event loop that will read the updates."""
+    """A generation for the plan, not submitted yet. Call it on the event loop that will read the updates.
+
+    Raises `InvalidRequestError` for more choices than the engine ever takes at once.
+    """
     params = plan.params
+    count, capacity = len(plan.prompts) * params.n, state.engine.capacity
+    if capacity is not None and count > capacity:
+        raise InvalidRequestError(
+            f"The request asks for {count} choices ({len(plan.prompts)} prompts, n {params.n}), but this server takes "
+            f"at most {capacity} at once: ask for fewer.",
+            param="n" if params.n > 1 else "prompt",
+        )
     mailbox = Mailbox()
     stops = frozenset(params.stop_token_ids)
-    ends = stops if params.ignore_eos else stops | state.model.generation.eos_token_ids
+    ends = frozenset() if params.ignore_eos else state.model.generation.eos_token_ids
     requests = []
-    for index in range(len(plan.prompts) * params.n):
+    for index in range(count):
         sink = ChoiceSink(
             index=index,
             stream=plan.new_stream(),
@@ -52,7 +63,7 @@ def start(state: AppState, plan: Plan) -> Generation:
             deliver=mailbox.post,
             observer=state.metrics.observe_choice(plan.arrived),
             stop_token_ids=stops,
-            hidden_token_ids=frozenset() if params.include_stop_str_in_output else ends,
+            hidden_token_ids=ends if params.include_stop_str_in_output else ends | stops,
             single_call=plan.single_call,
         )
         requests.append(

@@ -12,7 +12,7 @@ from tern.server.generation import Generation
 from tern.server.logprobs import LegacyLogprobs
 from tern.server.progress import Progress, by_choice
 from tern.server.sink import Ending, Update
-from tern.server.streaming import DONE, KEEP_ALIVE, sse
+from tern.server.streaming import DONE, sse, with_comments
 from tern.server.usage import running_usage, total_usage
 
 
@@ -155,10 +155,7 @@ class CompletionChunks:
 async def stream_answer(shape: CompletionShape, generation: Generation, silence: float) -> AsyncIterator[bytes]:
     """Every event of a streamed answer; a comment after each `silence` seconds without one."""
     writer = CompletionChunks(shape)
-    async for updates in generation.updates(silence):
-        if not updates:
-            yield KEEP_ALIVE
-        for event in writer.chunks(updates):
-            yield event
+    async for event in with_comments(generation, writer.chunks, silence):
+        yield event
     for event in writer.closing():
         yield event

@@ -23,6 +23,10 @@ class EngineDoor(Protocol):
     def max_model_len(self) -> int:
         """Longest prompt and answer together, in tokens."""
 
+    @property
+    def capacity(self) -> int | None:
+        """Most requests, running and waiting, that it takes at once; None has no limit."""
+
     def start(self) -> None:
         """Begin to serve."""
 

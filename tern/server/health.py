@@ -12,7 +12,7 @@ from tern.server.state import AppState
 WELCOME = """\
 Tern serves {model} here. Try:
 
-  curl {base}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+  curl {base}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{{
     "messages": [{{"role": "user", "content": "Give me a short introduction to large language model."}}]}}'
 
   POST /v1/chat/completions    chat, as OpenAI's; "stream": true for server-sent events, "tools" for tool calls
@@ -32,6 +32,7 @@ def routes(state: AppState) -> APIRouter:
     async def welcome(http: Request) -> str:
         return WELCOME.format(
             model=state.model_name,
+            key=" -H 'Authorization: Bearer YOUR_KEY'" if state.options.api_keys else "",
             base=str(http.base_url).rstrip("/"),
             metrics=" /metrics" if state.options.metrics_port is None else "",
         )

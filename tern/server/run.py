@@ -200,6 +200,7 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
     except OSError as error:
         raise OptionError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from None
     with listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have it too: no event waits
         yield listener
 
 

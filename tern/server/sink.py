@@ -73,7 +73,8 @@ class Mailbox:
     async def take(self, timeout: float) -> list[Update]:
         """All that came since the last call; waits up to `timeout` seconds for the first, else returns nothing."""
         try:
-            await asyncio.wait_for(self._arrived.wait(), timeout)
+            async with asyncio.timeout(timeout):  # not wait_for: it loses a cancellation that comes with an update
+                await self._arrived.wait()
         except TimeoutError:
             return []
         with self._lock:

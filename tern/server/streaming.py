@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from tern.server.body import JsonObject
 from tern.server.errors import ClientGoneError, answer_for
 from tern.server.generation import Generation
+from tern.server.sink import Update
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -27,6 +29,20 @@ Result = TypeVar("Result")
 def sse(value: JsonObject) -> bytes:
     """A JSON value as one event."""
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def with_comments(
+    generation: Generation, chunks: Callable[[Sequence[Update]], Iterable[bytes]], silence: float
+) -> AsyncIterator[bytes]:
+    """The events that `chunks` makes of a generation's updates, and a comment after `silence` seconds without one."""
+    said = time.monotonic()
+    async for updates in generation.updates(silence):
+        for event in chunks(updates):
+            yield event
+            said = time.monotonic()
+        if not updates or time.monotonic() - said >= silence:
+            yield KEEP_ALIVE
+            said = time.monotonic()
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

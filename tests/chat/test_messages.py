@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 
@@ -140,7 +141,8 @@ WEATHER = tool(
 
 
 def test_tools_that_are_right():
-    tools = [WEATHER, tool("查天气"), tool("a.b-c_1", parameters={})]
+    counts = {"properties": {"x": {"type": "string", "minLength": 1.0}, "y": {"type": "number", "multipleOf": 0.5}}}
+    tools = [WEATHER, tool("查天气"), tool("a.b-c_1", parameters={}), tool("counting", parameters=counts)]
     assert validate_tools(tools) == tools
     assert validate_tools(None) == []
     assert validate_tools([]) == []
@@ -172,6 +174,9 @@ def nested(depth):
         ([tool(strict="yes")], "tools[0].function.strict", "true or false"),
         ([tool(parameters="object")], "tools[0].function.parameters", "JSON Schema"),
         ([tool(parameters={"type": "string"})], "tools[0].function.parameters.type", "must be 'object'"),
+        ([tool(parameters={"multipleOf": 0})], "tools[0].function.parameters.multipleOf", "above 0"),
+        ([tool(parameters={"minLength": 1.5})], "tools[0].function.parameters.minLength", "whole number"),
+        ([tool(parameters={"minLength": math.inf})], "tools[0].function.parameters.minLength", "whole number"),
         ([tool(parameters={"properties": []})], "tools[0].function.parameters.properties", "maps names"),
         ([tool(parameters={"properties": {"x": 5}})], "tools[0].function.parameters.properties.x", "JSON Schema"),
         (

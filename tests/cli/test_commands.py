@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tern.cli import main
+from tern.engine import Engine
 
 GREEDY = ["--temperature", "0"]
 INTRODUCTION = "Give me a short introduction to large language model."
@@ -75,6 +76,36 @@ def test_generate_without_a_thought_and_without_a_template(capsys: pytest.Captur
 def test_generate_with_a_budget_for_the_thought(capsys: pytest.CaptureFixture[str]) -> None:
     said = generated(capsys, "What is 1234 + 4321?", "--reasoning-max-tokens", "4")
     assert said["usage"]["reasoning_tokens"] < generated(capsys, "What is 1234 + 4321?")["usage"]["reasoning_tokens"]
+
+
+def test_an_interrupted_answer_is_not_passed_off_as_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def interrupt(engine: Engine) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        return step(engine)
+
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", interrupt)
+    for form in ([], ["--json"]):
+        steps = 0
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", INTRODUCTION, *GREEDY, *form])
+        assert ended.value.code == 130
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "cancelled"
+
+
+def test_a_terminal_without_the_characters_shows_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    tern(["generate", "你是谁？", "--no-thinking", *GREEDY])
+    screen.flush()
+    assert b"?" in screen.buffer.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_same_seed_samples_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,14 @@ def test_no_ignored_flag_shadows_an_option_that_does_something() -> None:
     assert [flag.name for flag in IGNORED_FLAGS if f"  {flag.name} " in help_text] == []
 
 
+@pytest.mark.parametrize("size", ["nan", "inf", "-1", "0"])
+def test_a_cache_of_no_size_is_refused_as_it_was_typed(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--kv-cache-memory", size])
+    assert ended.value.code == 2
+    assert f"--kv-cache-memory is {size}: it must be a number of GiB" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["ernie_x1", "ernie-x1", "ernie45", None])
 def test_this_models_parser_names(name: str | None) -> None:
     check_parser("--reasoning-parser", name)

@@ -30,6 +30,6 @@ def server(module_server: Live) -> Live:
     engine.answers.clear()
     engine.seen.clear()
     engine.cancelled.clear()
-    engine.queue_limit, engine.fail_with, engine.age = 64, None, 0.0
+    engine.queue_limit, engine.capacity, engine.fail_with, engine.age = 64, 1024, None, 0.0
     engine.gate.set()
     return module_server

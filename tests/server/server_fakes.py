@@ -86,6 +86,7 @@ class ScriptedEngine:
     answers: deque[str] = field(default_factory=deque)
     max_model_len: int = 2048
     queue_limit: int = 64
+    capacity: int | None = 1024
     state: str = "starting"
     gate: threading.Event = field(default_factory=threading.Event)
     age: float = 0.0

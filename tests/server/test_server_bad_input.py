@@ -67,12 +67,15 @@ TEXT_SCHEMA = {"type": "function", "function": {"name": "f", "parameters": "no s
         ({"bad_words": [""]}, "bad_words"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"logit_bias": {"5": "much"}}, "logit_bias"),
         ({"logit_bias": {"5": True}}, "logit_bias"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
         ({"priority": 2**40}, "priority"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"metadata": {"enable_thinking": False}}, "metadata.enable_thinking"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -100,6 +103,21 @@ def test_a_wrong_value_is_named(server: Live, fields: dict[str, Any], param: str
         assert error["param"] == param
         assert param.split("[")[0].split(".")[-1] in error["message"]
     assert server.engine.seen == []
+    server.still_serves()
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [(CHAT, {"messages": USER, "n": 9}, "n"), ("/v1/completions", {"prompt": ["x"] * 9}, "prompt")],
+)
+def test_more_choices_than_ever_fit_are_no_full_queue(
+    server: Live, path: str, fields: dict[str, Any], param: str
+) -> None:
+    server.engine.capacity = 8
+    error = refused(server.client.post(path, json=fields))
+    assert error["param"] == param
+    assert "9 choices" in error["message"]
+    assert "at most 8" in error["message"]
     server.still_serves()
 
 

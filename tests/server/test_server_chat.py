@@ -207,8 +207,13 @@ def test_a_stop_token_is_named_and_not_shown(server: Live) -> None:
 
 
 def test_the_end_token_is_never_shown(server: Live) -> None:
-    choice = server.chat(skip_special_tokens=False)["choices"][0]
-    assert choice["message"]["content"] == "Hello, 你好!\n\nHow are you?"
+    for more in ({}, {"include_stop_str_in_output": True, "stop": ["never"], "stop_token_ids": [7]}):
+        choice = server.chat(skip_special_tokens=False, **more)["choices"][0]
+        assert choice["message"]["content"] == "Hello, 你好!\n\nHow are you?"
+
+
+def test_no_top_logprobs_need_no_logprobs(server: Live) -> None:
+    assert server.chat(top_logprobs=0)["choices"][0]["logprobs"] is None
 
 
 def test_a_thought_out_of_budget_is_closed_and_answered(server: Live) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from server_fakes import USER, Live, ScriptedEngine, serve
 
 from tern.chat import ChatProtocol
 from tern.engine import FinishReason
+from tern.server.errors import ClientGoneError
+from tern.server.sink import Mailbox, Update
+from tern.server.streaming import KEEP_ALIVE, while_connected, with_comments
 
 LONG = "I think about it.\n</think>\n\n" + "and on it goes " * 2000
 
@@ -54,11 +58,37 @@ def test_leaving_while_tokens_come(server: Live, stream: bool) -> None:
     server.still_serves()
 
 
-def test_leaving_while_the_body_is_sent(server: Live) -> None:
+def test_leaving_while_the_body_is_sent(server: Live, caplog: pytest.LogCaptureFixture) -> None:
     with connect(server) as client:
         client.sendall(request_bytes()[:-5])
     server.still_serves()
     assert len(server.engine.seen) == 1
+    assert caplog.text == "", "that is no fault of the server"
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_leaving_in_the_very_turn_in_which_a_token_comes(turns: int) -> None:
+    async def leave() -> None:
+        mailbox, gone = Mailbox(), asyncio.get_running_loop().create_future()
+
+        async def read_for_ever() -> None:
+            while True:
+                await mailbox.take(3600)
+
+        async def receive() -> dict[str, str]:
+            await gone
+            return {"type": "http.disconnect"}
+
+        request = asyncio.ensure_future(while_connected(receive, read_for_ever()))
+        await asyncio.sleep(0.01)
+        mailbox.post(Update(0))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        gone.set_result(None)
+        with pytest.raises(ClientGoneError):
+            await request
+
+    asyncio.run(asyncio.wait_for(leave(), 30))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +111,20 @@ def test_a_silent_stream_has_headers_at_once_and_comments(patient: Live, path: s
                 patient.engine.gate.set()
     assert seen.endswith("data: [DONE]\n\n")
     assert ('"role":"assistant"' in seen.split(": keep-alive")[0]) == ("chat" in path)
+
+
+def test_tokens_without_text_are_silence_too() -> None:
+    class Tokens:
+        async def updates(self, silence: float) -> AsyncIterator[list[Update]]:
+            for index in range(3):
+                await asyncio.sleep(silence)
+                yield [Update(index)]
+
+    async def read() -> list[bytes]:
+        speak = iter([[], [b"said"], []])
+        return [event async for event in with_comments(Tokens(), lambda _: next(speak), 0.01)]  # type: ignore[arg-type]
+
+    assert asyncio.run(read()) == [KEEP_ALIVE, b"said", KEEP_ALIVE]
 
 
 def test_the_server_taking_a_request_back_is_an_error_event(server: Live) -> None:

@@ -23,7 +23,7 @@ from tern.chat import ChatProtocol
 from tern.errors import CheckpointError, OptionError
 from tern.server import AppState, Loaded, ServerOptions, run_server
 from tern.server.options import is_loopback
-from tern.server.run import metrics_server
+from tern.server.run import listen, metrics_server
 
 SCRIPT = Path(__file__).parent / "serve_scripted.py"
 
@@ -211,6 +211,14 @@ def test_a_port_that_is_taken_is_found_before_anything_is_loaded() -> None:
             run_server(not_reached, ServerOptions(port=port))
         with pytest.raises(OptionError, match=f"metrics port {port}"):
             run_server(not_reached, ServerOptions(port=0, metrics_port=port))
+
+
+def test_no_event_waits_for_another() -> None:
+    """Nagle's algorithm and delayed acknowledgements would add 40 ms to most answers on a kept connection."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_metrics_on_their_own_port(protocol: ChatProtocol, caplog: pytest.LogCaptureFixture) -> None:

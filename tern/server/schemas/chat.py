@@ -41,7 +41,7 @@ class ChatRequest(SamplingFields):
         self._check_tool_choice()
         _check_same(self, "max_tokens", "max_completion_tokens")
         _check_same(self, "reasoning_max_tokens", "thinking_budget")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError(
                 f"top_logprobs is {self.top_logprobs} but logprobs is not true: set it, or leave top_logprobs out.",
                 param="top_logprobs",

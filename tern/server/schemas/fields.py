@@ -101,12 +101,22 @@ def read_fields(schema: type[AnySchema], body: Mapping[str, Any]) -> AnySchema:
         if name in schema.model_fields:
             if value is not None:
                 kept[name] = value
+        elif name == "metadata":
+            _check_metadata(value)
         elif value is not None and name not in IGNORED:
             _check_foreign(name, value)
     try:
         return schema.model_validate(kept)
     except ValidationError as error:
         raise _first_problem(schema, error) from None
+
+
+def _check_metadata(labels: Any) -> None:
+    """FastDeploy reads switches from among the labels: they would change the answer."""
+    for name in ("enable_thinking", "reasoning_max_tokens"):
+        if isinstance(labels, Mapping) and name in labels:
+            hint = INSTEAD.get(name, f"write {name} beside messages")
+            raise InvalidRequestError(f"metadata.{name} is not read: {hint}.", param=f"metadata.{name}")
 
 
 def _check_foreign(name: str, value: Any) -> None:

@@ -22,6 +22,7 @@ NAME = "text"
 IDS = "a list of token ids"
 
 MAX_PRIORITY = 2**31 - 1
+MAX_ID_DIGITS = 10
 
 
 class StreamOptions(Schema):
@@ -96,7 +97,7 @@ class SamplingFields(Schema):
 def _token_keys(biases: Mapping[str, Any]) -> dict[int, Any]:
     """JSON keys are text; token ids are numbers."""
     for key in biases:
-        if not (key.isascii() and key.isdecimal()):
+        if not (key.isascii() and key.isdecimal() and len(key) <= MAX_ID_DIGITS):
             raise InvalidRequestError(
                 f"logit_bias has the key {key[:40]!r}: each key must be a token id in digits.", param="logit_bias"
             )
