@@ -93,8 +93,9 @@ class CompletionOutput:
     """One generated sequence.
 
     `token_ids` includes the end token that stopped it; `text` does not. `logprobs[i]` maps candidate ids of token i to
-    their `Logprob`. `finish_reason` is "stop", "length", "cancelled" or "error"; `stop_reason` is the stop string or
-    the stop token id where one of those ended it. `message` is the parsed answer of a chat, None for plain prompts.
+    their `Logprob`, token i itself first. `finish_reason` is "stop", "length", "cancelled" or "error"; `stop_reason` is
+    the stop string or the stop token id where one of those ended it. `message` is the parsed answer of a chat, None for
+    plain prompts.
     """
 
     index: int
@@ -215,7 +216,6 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs come in the order of the prompts.
@@ -232,10 +232,10 @@ class LLM:
         self,
         messages: Conversation | Sequence[Conversation],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
         *,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer each conversation; `outputs[i].message` holds reasoning, content and tool calls apart.
 
@@ -371,8 +371,7 @@ class LLM:
         return finish.stop_token_id if finish.stop_token_id in params.stop_token_ids else None
 
     def _logprobs(self, token: GeneratedToken) -> dict[int, Logprob]:
-        candidates = list(token.top_logprobs)
-        candidates += [token.logprob or TokenLogprob(token.token_id, 0.0, 1)]
+        candidates = [token.logprob or TokenLogprob(token.token_id, 0.0, 1), *token.top_logprobs]
         decode = self.get_tokenizer().token_text
         return {each.token_id: Logprob(each.logprob, each.rank, decode(each.token_id)) for each in candidates}
 

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 from tern.chat.control_tokens import ControlTokens
 from tern.chat.messages import validate_messages
-from tern.chat.parser import END_THINK, ParserState, state_after_prompt
+from tern.chat.parser import ParserState, state_after_prompt
 from tern.chat.template import ChatTemplate
 from tern.chat.text_stream import TextStream, ThinkingControl
 from tern.chat.tokenizer import Tokenizer
 from tern.chat.tools import validate_tools
-from tern.errors import InvalidRequestError
 
 
 class TextParams(Protocol):
@@ -77,14 +76,6 @@ class ChatProtocol:
         given = [validate_messages(messages), validate_tools(tools)]
         (guarded, guarded_tools), mark = self._control.guard(given)
         text = self.template.render(guarded, tools=guarded_tools, template_kwargs=template_kwargs)
-        thinking = (template_kwargs or {}).get("enable_thinking", True)
-        if not isinstance(thinking, bool):
-            raise InvalidRequestError(
-                f"chat_template_kwargs.enable_thinking is {thinking!r}: it must be true or false.",
-                param="chat_template_kwargs.enable_thinking",
-            )
-        if not thinking and state_after_prompt(text) is ParserState.REASONING:
-            text = text.rstrip("\n") + f"\n\n{END_THINK}\n\n" + ("" if tools else "<response>\n")
         first, *rest = text.split(mark) if mark else [text]
         token_ids = self.tokenizer.encode(first)
         for part in rest:

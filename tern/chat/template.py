@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextvars import ContextVar
@@ -26,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tern.chat.config_files import read_object, token_text
 from tern.chat.messages import validate_messages
+from tern.chat.parser import END_THINK, RESPONSE, ParserState, state_after_prompt
 from tern.chat.tools import validate_tools
 from tern.errors import CheckpointError, InvalidRequestError
 
@@ -58,7 +60,8 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
-            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            tree = environment.parse(source)
+            self.variables = frozenset(meta.find_undeclared_variables(tree)) & _read_before_set(tree)
         except (jinja2.TemplateError, *_FAILURES) as error:
             raise CheckpointError(f"The chat template cannot be compiled: {error}.") from None
         self._special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
@@ -87,7 +90,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt for a conversation.
 
-        `template_kwargs` may name only variables that the template reads, and `enable_thinking`. Raises
+        `template_kwargs` may name only variables that the template reads, and `enable_thinking`: False closes the
+        thought before it begins, whether or not the template knows of it. Raises
         `InvalidRequestError` for messages, tools or variables that are wrong, and with the template's own words when
         it refuses them.
         """
@@ -100,13 +104,16 @@ class ChatTemplate:
         }
         _deadline.set(time.monotonic() + MAX_SECONDS)
         try:
-            return "".join(_bounded(self._template.generate(variables)))
+            prompt = "".join(_bounded(self._template.generate(variables)))
         except _Refused as error:
             raise InvalidRequestError(f"The chat template refuses these messages: {error}", param="messages") from None
         except (jinja2.TemplateError, *_FAILURES) as error:
             raise InvalidRequestError(
                 f"The chat template cannot render these messages: {type(error).__name__}: {error}", param="messages"
             ) from None
+        if variables.get("enable_thinking", True) or state_after_prompt(prompt) is not ParserState.REASONING:
+            return prompt
+        return prompt.rstrip("\n") + f"\n\n{END_THINK}\n\n" + ("" if tools else f"{RESPONSE}\n")
 
     def _checked(self, template_kwargs: Any) -> dict[str, Any]:
         if not isinstance(template_kwargs, Mapping):
@@ -127,6 +134,12 @@ class ChatTemplate:
                     f"chat_template_kwargs.{name} is {type(value).__name__}: it must be a JSON value.",
                     param=f"chat_template_kwargs.{name}",
                 )
+        thinking = template_kwargs.get("enable_thinking", True)
+        if not isinstance(thinking, bool):
+            raise InvalidRequestError(
+                f"chat_template_kwargs.enable_thinking is {thinking!r}: it must be true or false.",
+                param="chat_template_kwargs.enable_thinking",
+            )
         return dict(template_kwargs)
 
 
@@ -134,6 +147,26 @@ class ChatTemplate:
 def default_template() -> str:
     """The built-in layout, the one of the text protocol."""
     return (resources.files("tern.chat") / "default_template.jinja").read_text(encoding="utf-8")
+
+
+def _read_before_set(tree: nodes.Template) -> set[str]:
+    """The names that the template reads before it sets them, in the order in which it is written."""
+    first: dict[str, str] = {}
+    for name in _names(tree):
+        first.setdefault(name.name, name.ctx)
+    return {name for name, context in first.items() if context == "load"}
+
+
+def _names(node: nodes.Node) -> Iterator[nodes.Name]:
+    if isinstance(node, nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    if isinstance(node, nodes.Assign):
+        children = [node.node, node.target]
+    elif isinstance(node, nodes.For):
+        children = [node.iter, node.target, *(child for child in children if child not in (node.iter, node.target))]
+    for child in children:
+        yield from _names(child)
 
 
 class _Refused(jinja2.TemplateError):
@@ -157,11 +190,21 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     anything.
     """
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a macro or a method: both can take long, and some methods pad to any width."""
+        _look_at_clock()
+        if any(isinstance(arg, int) and abs(arg) > MAX_PROMPT_LENGTH for arg in (*args, *kwargs.values())):
+            raise _Refused("it calls something with a number that is too large")
+        return super().call(context, obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """The result of `left * right` or `left ** right`, unless it would be huge."""
-        if operator == "*":
+        """The result of `left * right`, `left ** right` or `left % right`, unless it would be huge."""
+        if operator == "%":
+            if isinstance(left, str) and _WIDTH.search(left):
+                raise _Refused("it formats a value to a great width")
+        elif operator == "*":
             for sequence, count in ((left, right), (right, left)):
                 if isinstance(sequence, Sized) and isinstance(count, int) and len(sequence) * count > MAX_PROMPT_LENGTH:
                     raise _Refused(f"it repeats a value of length {len(sequence)} {count} times")
@@ -176,6 +219,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return tree
 
 
+_WIDTH = re.compile(r"\d{5}|\*")
 _CLOCKED = "tern_clocked"
 _deadline: ContextVar[float] = ContextVar("_deadline")
 

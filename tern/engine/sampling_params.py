@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from tern.errors import InvalidRequestError
@@ -20,44 +20,67 @@ MIN_REPETITION_PENALTY = 0.01  # logits are divided by it: far smaller ones woul
 SEED_RANGE = (-(2**63), 2**63 - 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingParams:
-    """How the tokens of one request are chosen.
+    """How the tokens of one request are chosen. The first fields stand in vLLM's order.
 
     `temperature` 0 is greedy. `max_tokens` None means as many as fit the model. `stop` and `bad_words` are text: the
     front door resolves them with its tokenizer, the engine itself only sees token ids. `reasoning_max_tokens` bounds
     the thought of a chat. `logprobs` k asks for the k most likely tokens of every step beside the chosen one.
 
-    Raises `InvalidRequestError` that names the field, the value and its range.
+    Raises `InvalidRequestError` that names the field, the value and its range, when it is made and when a field is set.
     """
 
     n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    bad_words: Sequence[str] = ()
     seed: int | None = None
     stop: str | Sequence[str] | None = ()
     stop_token_ids: Sequence[int] = ()
-    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    _: KW_ONLY
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
+    include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     reasoning_max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        self._check()
+        self.__dict__["_checked"] = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in type(self).__dataclass_fields__:
+            raise AttributeError(f"SamplingParams has no field {name!r}.")
+        before = dict(self.__dict__)
+        self.__dict__[name] = value
+        if "_checked" in before:
+            try:
+                self._check()
+            except InvalidRequestError:
+                self.__dict__.update(before)
+                raise
+
+    def clone(self) -> SamplingParams:
+        """A copy that can be changed by itself."""
+        return replace(self)
+
+    def _check(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", _listed("stop_token_ids", self.stop_token_ids))
-        object.__setattr__(self, "bad_words", _listed("bad_words", self.bad_words))
-        object.__setattr__(self, "logit_bias", _mapped("logit_bias", self.logit_bias))
+        self.__dict__.update(
+            stop=stop,
+            stop_token_ids=_listed("stop_token_ids", self.stop_token_ids),
+            bad_words=_listed("bad_words", self.bad_words),
+            logit_bias=_mapped("logit_bias", self.logit_bias),
+        )
         self._check_ranges()
         self._check_collections(stop)
 

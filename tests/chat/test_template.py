@@ -154,6 +154,44 @@ def test_strftime_now_and_raise_exception():
         ChatTemplate("{{ raise_exception('no roles of type ' ~ messages[0].role ~ ' here') }}").render(USER)
 
 
+def test_what_a_template_sets_itself_is_no_switch():
+    source = (
+        "{% macro say(word) %}{{ word }}{% endmacro %}{% if not mood is defined %}{% set mood = 'so ' %}{% endif %}"
+        "{% for message in messages %}{% set part = message.content %}{{ say(mood) ~ part }}{% endfor %}"
+    )
+    template = ChatTemplate(source)
+    assert template.render(USER) == "so hi"
+    assert template.render(USER, template_kwargs={"mood": "oh "}) == "oh hi"
+    for name in ("part", "message", "word", "say"):
+        with pytest.raises(InvalidRequestError, match="it takes enable_thinking, mood"):
+            template.render(USER, template_kwargs={name: "x"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro m(n) %}{% if n %}{% set a = m(n - 1) ~ m(n - 1) %}{% endif %}{% endmacro %}{% set z = m(40) %}",
+        "{{ 'a'.ljust(10 ** 11) | length }}",
+        "{{ '%100000000000d' % 1 }}",
+        "{{ '%*d' % (10 ** 11, 1) }}",
+    ],
+)
+def test_macros_and_formats_are_bounded_too(source, monkeypatch):
+    monkeypatch.setattr("tern.chat.template.MAX_SECONDS", 0.2)
+    with pytest.raises(InvalidRequestError, match="The chat template"):
+        ChatTemplate(source).render(USER)
+
+
+def test_thinking_off_closes_the_thought_whatever_the_template_knows():
+    opens = ChatTemplate("{{ messages[0].content }}<think>\n")
+    off = {"enable_thinking": False}
+    assert opens.render(USER, template_kwargs=off) == "hi<think>\n\n</think>\n\n<response>\n"
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert opens.render(USER, tools=tools, template_kwargs=off) == "hi<think>\n\n</think>\n\n"
+    with pytest.raises(InvalidRequestError, match="enable_thinking is 1: it must be true or false"):
+        opens.render(USER, template_kwargs={"enable_thinking": 1})
+
+
 def test_template_kwargs_are_those_the_template_reads():
     reads = ChatTemplate("{{ mood }}{{ messages[0].content }}{% if enable_thinking %}!{% endif %}")
     assert reads.render(USER, template_kwargs={"mood": "so ", "enable_thinking": True}) == "so hi!"
