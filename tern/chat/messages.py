@@ -6,8 +6,10 @@ Knows OpenAI's form of a conversation, as plain dicts. Knows nothing of template
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tern.errors import InvalidRequestError, UnsupportedFeatureError
@@ -19,13 +21,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = dict[str, Any]
 
 
-def validate_messages(messages: object) -> list[Message]:
+def validate_messages(messages: object, *, ids_required: bool = True) -> list[Message]:
     """Check a conversation and normalise it.
 
     In the result: `content` is text (None only for an assistant turn without any); `developer` is `system`, and system
     messages that follow one another are one, joined by a blank line; a thought is `reasoning_content`; the arguments
     of a tool call are an object, or the text that a model wrote in place of one. Unknown keys of a message are left
-    out. A tool's result must answer a call of an earlier turn, each call once.
+    out. A tool's result must answer a call of an earlier turn, each call once; without `ids_required`, calls and
+    results that have no id are numbered: a result answers the earliest call that is open.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise InvalidRequestError(
@@ -40,13 +43,29 @@ def validate_messages(messages: object) -> list[Message]:
         )
     normal: list[Message] = []
     open_calls: set[str] = set()
-    for index, raw in enumerate(messages):
+    for index, raw in enumerate(messages if ids_required else _with_ids(messages)):
         message = _message(raw, f"messages[{index}]", open_calls)
         if normal and message["role"] == "system" == normal[-1]["role"]:
             normal[-1]["content"] += "\n\n" + message["content"]
         else:
             normal.append(message)
     return normal
+
+
+def _with_ids(messages: Sequence[Any]) -> Iterator[Any]:
+    """The messages, calls without an id numbered and each result without one given the next of those numbers."""
+    numbers, waiting = itertools.count(), deque[str]()
+    for message in messages:
+        if not isinstance(message, Mapping):
+            yield message
+        elif message.get("role") == "tool" and message.get("tool_call_id") is None and waiting:
+            yield {**message, "tool_call_id": waiting.popleft()}
+        elif isinstance(calls := message.get("tool_calls"), list) and all(isinstance(c, Mapping) for c in calls):
+            named = [call if call.get("id") else {**call, "id": f"call_{next(numbers)}"} for call in calls]
+            waiting += [new["id"] for new, call in zip(named, calls, strict=True) if not call.get("id")]
+            yield {**message, "tool_calls": named}
+        else:
+            yield message
 
 
 def _message(raw: object, path: str, open_calls: set[str]) -> Message:

@@ -87,8 +87,9 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        ids_required: bool = True,
     ) -> str:
-        """The prompt for a conversation.
+        """The prompt for a conversation; `ids_required` as in `validate_messages`.
 
         `template_kwargs` may name only variables that the template reads, and `enable_thinking`: False closes the
         thought before it begins, whether or not the template knows of it. Raises
@@ -98,7 +99,7 @@ class ChatTemplate:
         variables = {
             **self._special_tokens,
             **self._checked({} if template_kwargs is None else template_kwargs),
-            "messages": validate_messages(messages),
+            "messages": validate_messages(messages, ids_required=ids_required),
             "tools": validate_tools(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }

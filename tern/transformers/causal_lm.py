@@ -15,7 +15,7 @@ import torch
 
 from tern.checkpoint import GenerationConfig, ModelSource
 from tern.engine import CONTINUE, Engine, Finish, FinishReason, GeneratedToken, Request, SamplingParams, Steering
-from tern.errors import EngineUnavailableError, InvalidRequestError
+from tern.errors import EngineUnavailableError, InvalidRequestError, OptionError
 from tern.transformers.settings import (
     DEFAULT_NEW_TOKENS,
     DEFAULT_TOP_K,
@@ -65,17 +65,24 @@ class TernForCausalLM:
         """Itself: it is always in evaluation mode."""
         return self
 
+    def to(self, device: torch.device | str) -> TernForCausalLM:
+        """Itself, if that is where it is: a loaded network does not move."""
+        if torch.device(device).type != self.device.type:
+            raise OptionError(f"device is {str(device)!r} but the network is on {self.device}: say so in device_map.")
+        return self
+
     def generate(
         self,
-        input_ids: torch.Tensor,
+        inputs: torch.Tensor | None = None,
         generation_config: Any = None,
         *,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         streamer: Streamer | None = None,
         seed: int | None = None,
         **settings: Unpack[GenerateSettings],
     ) -> torch.Tensor:
-        """Complete each row of `input_ids` int64 [rows, tokens].
+        """Complete each row of `input_ids` int64 [rows, tokens], which may be given as the first argument, `inputs`.
 
         Zeros in `attention_mask` mark padding. Returns int64 [rows * num_return_sequences, tokens + completion]: each
         row is its prompt as given and its completion, filled up with `pad_token_id` on the right. As in transformers,
@@ -83,7 +90,9 @@ class TernForCausalLM:
         checkpoint's `generation_config.json`, and decoding is greedy if none of them says `do_sample`. `streamer` is
         told of each token of a single row; `seed` makes sampling repeatable.
         """
+        input_ids = inputs if input_ids is None else input_ids
         prompts = _unpadded(input_ids, attention_mask)
+        assert input_ids is not None, "otherwise _unpadded has raised"
         wanted = merged_settings(generation_config, settings)
         params = self._params(wanted, width=input_ids.shape[1], seed=seed)
         if streamer is not None:
@@ -180,7 +189,7 @@ class TernForCausalLM:
                 told = len(collectors[0].token_ids)
 
 
-def _unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[TokenIds]:
+def _unpadded(input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None) -> list[TokenIds]:
     """Each row's real tokens."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
         kind = f"{input_ids.dtype} {list(input_ids.shape)}" if isinstance(input_ids, torch.Tensor) else type(input_ids)

@@ -58,6 +58,21 @@ class TernTokenizer:
         """The id that fills up shorter rows of a batch."""
         return self._tokenizer.pad_id
 
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a text."""
+        return self._text_of(self.eos_token_id)
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that begins a text."""
+        return self._text_of(self.bos_token_id)
+
+    @property
+    def pad_token(self) -> str | None:
+        """The token that fills up shorter rows of a batch."""
+        return self._text_of(self.pad_token_id)
+
     def __len__(self) -> int:
         return self._tokenizer.vocab_size
 
@@ -76,16 +91,31 @@ class TernTokenizer:
         `add_special_tokens` adds what the checkpoint puts around a text, often nothing.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        rows = [self.encode(each, add_special_tokens=add_special_tokens) for each in texts]
+        rows = [self._row(each, add_special_tokens) for each in texts]
         if return_tensors is None and not padding:
             flat = isinstance(text, str)
             masks = [[1] * len(row) for row in rows]
             return BatchEncoding(input_ids=rows[0] if flat else rows, attention_mask=masks[0] if flat else masks)
         return self._padded(rows, return_tensors, padding=bool(padding))
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
-        """The token ids of one text, with what the checkpoint puts around it unless `add_special_tokens` is False."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, return_tensors: str | None = None
+    ) -> TokenIds | torch.Tensor:
+        """The token ids of one text, with what the checkpoint puts around it unless `add_special_tokens` is False.
+
+        With `return_tensors="pt"` they are int64 [1, tokens].
+        """
+        row = self._row(text, add_special_tokens)
+        if return_tensors is None:
+            return row
+        ids: torch.Tensor = self._padded([row], return_tensors, padding=False)["input_ids"]
+        return ids
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int | None] | None:
+        """The id of a token, or of each of several; None for text that is no token."""
+        if isinstance(tokens, str):
+            return self._tokenizer.id_of(tokens)
+        return [self._tokenizer.id_of(token) for token in tokens]
 
     def decode(self, token_ids: int | Sequence[int] | torch.Tensor, *, skip_special_tokens: bool = False) -> str:
         """The text of token ids."""
@@ -118,6 +148,7 @@ class TernTokenizer:
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 template_kwargs=template_kwargs or None,
+                ids_required=False,
             )
             for each in cast(Sequence[Conversation], conversation if many else [conversation])
         ]
@@ -133,6 +164,12 @@ class TernTokenizer:
             return encoding
         ids: TokenIds | list[TokenIds] | torch.Tensor = encoding["input_ids"]
         return ids
+
+    def _row(self, text: str, add_special_tokens: bool) -> TokenIds:
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _text_of(self, token_id: int | None) -> str | None:
+        return None if token_id is None else self._tokenizer.token_text(token_id)
 
     def _padded(self, rows: list[TokenIds], return_tensors: str | None, *, padding: bool) -> BatchEncoding:
         width = max(map(len, rows), default=0)

@@ -114,6 +114,37 @@ def test_padding_stands_on_the_side_asked_for(side: str) -> None:
         AutoTokenizer.from_pretrained(MODEL, padding_side="top")
 
 
+def test_a_tool_loop_without_ids_renders_as_in_transformers(tokenizer: TernTokenizer) -> None:
+    calls = [{"type": "function", "function": {"name": name, "arguments": {"x": 1}}} for name in ("f", "g")]
+    messages = [
+        {"role": "user", "content": "Go."},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "name": "f", "content": "22"},
+        {"role": "tool", "name": "g", "content": "23"},
+    ]
+    theirs = transformers.AutoTokenizer.from_pretrained(MODEL)
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == expected
+    with pytest.raises(InvalidRequestError, match=r"messages\[4\]\.tool_call_id"):
+        tokenizer.apply_chat_template([*messages, messages[-1]], tokenize=False)
+
+
+def test_the_smaller_methods_answer_as_in_transformers(tokenizer: TernTokenizer, model: TernForCausalLM) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(MODEL)
+    for name in ("eos_token", "bos_token", "pad_token"):
+        assert getattr(tokenizer, name) == getattr(theirs, name)
+    assert tokenizer.convert_tokens_to_ids("</s>") == theirs.convert_tokens_to_ids("</s>")
+    assert tokenizer.convert_tokens_to_ids(["<s>", "no such token"]) == [1, None]
+    ids = tokenizer.encode("Hello", return_tensors="pt")
+    assert torch.equal(ids, theirs.encode("Hello", return_tensors="pt"))
+    assert model.to("cpu") is model
+    with pytest.raises(OptionError, match="device_map"):
+        model.to("cuda")
+    by_name = model.generate(inputs=ids, max_new_tokens=3)
+    assert torch.equal(by_name, model.generate(ids, max_new_tokens=3))
+    assert torch.equal(by_name, model.generate(input_ids=ids, max_new_tokens=3))
+
+
 def test_several_conversations_render_as_in_transformers(tokenizer: TernTokenizer) -> None:
     original = transformers.AutoTokenizer.from_pretrained(MODEL, padding_side="left")
     chats = [QUESTION, [{"role": "user", "content": "你好"}]]
@@ -132,17 +163,25 @@ def test_several_conversations_render_as_in_transformers(tokenizer: TernTokenize
 def test_generation_configs_give_what_they_give_in_transformers(
     tokenizer: TernTokenizer, model: TernForCausalLM, theirs: transformers.PreTrainedModel
 ) -> None:
-    inputs = tokenizer(["What is 3 + 4?"], return_tensors="pt")
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer([str(text)], return_tensors="pt")
     width = inputs.input_ids.shape[1]
     config = transformers.GenerationConfig(max_new_tokens=12, min_new_tokens=12, repetition_penalty=1.3)
     for ours in (config, config.to_dict()):
         generated = model.generate(**inputs, generation_config=ours)
         assert generated.tolist() == theirs.generate(**inputs, generation_config=config).tolist()
-    assert model.generate(inputs.input_ids, config, max_new_tokens=14).shape == (1, width + 14)  # keywords come first
-    end = generated[0, width + 3].item()
-    settings = {"max_new_tokens": 20, "min_new_tokens": 2, "repetition_penalty": 1.3, "eos_token_id": [end, 2999]}
-    assert model.generate(**inputs, **settings).tolist() == generated[:, : width + 4].tolist()
-    assert theirs.generate(**inputs, **settings).tolist() == generated[:, : width + 4].tolist()
+    longer = model.generate(inputs.input_ids, config, max_new_tokens=14, min_new_tokens=14)
+    assert longer.shape == (1, width + 14), "keywords come first"
+    new = generated[0, width:].tolist()
+    place = next(at for at in range(2, 12) if new[at] not in new[:at])
+    settings = {
+        "max_new_tokens": 20,
+        "min_new_tokens": 2,
+        "repetition_penalty": 1.3,
+        "eos_token_id": [new[place], 2999],
+    }
+    assert model.generate(**inputs, **settings).tolist() == generated[:, : width + place + 1].tolist()
+    assert theirs.generate(**inputs, **settings).tolist() == generated[:, : width + place + 1].tolist()
     assert model.generate(**inputs, max_length=width + 5, min_new_tokens=5).shape == (1, width + 5)
 
 
