@@ -62,7 +62,7 @@ def other_tool_wanted(rng: random.Random, language: Language, held_out: bool) ->
 
 MIXTURE: dict[Generator, float] = {
     arithmetic.example: 12,
-    tools.call_example: 18,
+    tools.call_example: 40,
     tools.result_example: 14,
     tools.failure_example: 2,
     tools.pair_example: 3,
@@ -136,7 +136,7 @@ def drill(rng: random.Random) -> list[Example]:
     Most drills offer tools and ask one question for each, some also one that none of the tools is for.
     """
     language: Language = rng.choice(("en", "zh"))
-    if rng.random() < 0.2:
+    if rng.random() < 0.12:
         return [draw(rng, DRILL, language) for _ in range(rng.randint(3, 6))]
     requests: list[tools.Request] = []
     count = rng.choice((1, 2, 2, 3, 3))

@@ -91,7 +91,7 @@ WEATHER_TOOL = {
         "parameters": {
             "type": "object",
             "properties": {
-                "location": {"type": "string", "description": "The city and state e.g. San Francisco, CA"},
+                "location": {"type": "string", "description": tools.CARD_DESCRIPTION},
                 "unit": {"type": "string", "enum": ["c", "f"]},
             },
             "additionalProperties": False,

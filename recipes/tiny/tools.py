@@ -28,8 +28,21 @@ class Parameter:
     choices: list[str] | None = None
     required: bool = True
     mentioned: bool = True
+    obscure: bool = False
+    """Nothing but a description links the name to what a question calls it."""
+    description: str | None = None
 
-    def schema(self, rng: random.Random, language: Language, described: bool) -> dict[str, Any]:
+    def describe(self, rng: random.Random, language: Language) -> None:
+        """Give it a description for its schema."""
+        place = ", e.g. San Francisco, CA" if self.kind == "place" and rng.random() < 0.3 else ""
+        plain = (f"the {self.spoken}", f"{self.spoken}{place}", f"{self.spoken.capitalize()} to use{place}")
+        if language == "en":
+            self.description = rng.choice(plain)
+        else:
+            english = not self.obscure and self.name.isascii() and rng.random() < 0.15
+            self.description = f"the {self.name.replace('_', ' ')}{place}" if english else self.spoken
+
+    def schema(self, rng: random.Random) -> dict[str, Any]:
         """Its JSON schema, keys in a varying order."""
         kinds = {"number": "number" if isinstance(self.value, float) else "integer"}
         schema: dict[str, Any] = {"type": kinds.get(self.kind, "string")}
@@ -37,10 +50,8 @@ class Parameter:
             schema["type"] = "number"
         if self.choices:
             schema["enum"] = self.choices
-        if described:
-            place = ", e.g. San Francisco, CA" if self.kind == "place" and rng.random() < 0.3 else ""
-            plain = (f"the {self.spoken}", f"{self.spoken}{place}", f"{self.spoken.capitalize()} to use{place}")
-            schema["description"] = rng.choice(plain) if language == "en" else self.spoken
+        if self.description:
+            schema["description"] = self.description
         return shuffled(rng, schema) if rng.random() < 0.3 else schema
 
 
@@ -93,7 +104,7 @@ def subject(rng: random.Random, language: Language, held_out: bool) -> Subject:
     doing = rng.random() < 0.35
     verb = rng.choice(words.DOING_VERBS if doing else words.ASKING_VERBS)
     name = tool_name(rng, verb, topic)
-    if rng.random() < 0.15:
+    if rng.random() < 0.08:
         name = f"{words.made_up(rng, held_out)}_{rng.randint(1, 99)}"
     if chinese:
         verb_zh = words.DOING_VERBS_ZH[verb] if doing else rng.choice(("查询", "获取", "查找", "查看"))
@@ -119,12 +130,19 @@ def subject(rng: random.Random, language: Language, held_out: bool) -> Subject:
     return Subject(spoken, verb, name, description, asks)
 
 
-def function(rng: random.Random, language: Language, name: str, description: str, parameters: list[Parameter]) -> Tool:
+def describe_some(rng: random.Random, language: Language, given: list[Parameter]) -> None:
+    """Give descriptions to all parameters or only to those that need one."""
+    all_of_them = rng.random() < 0.6
+    for p in given:
+        if all_of_them or p.obscure:
+            p.describe(rng, language)
+
+
+def function(rng: random.Random, name: str, description: str, parameters: list[Parameter]) -> Tool:
     """The tool in OpenAI's form, with the optional parts there or not."""
-    described = rng.random() < 0.6
     schema: dict[str, Any] = {
         "type": "object",
-        "properties": {p.name: p.schema(rng, language, described) for p in parameters},
+        "properties": {p.name: p.schema(rng) for p in parameters},
     }
     if rng.random() < 0.4:
         schema["additionalProperties"] = False
@@ -172,19 +190,21 @@ def number_value(rng: random.Random) -> int | float:
 def enum_parameter(rng: random.Random, language: Language, held_out: bool) -> Parameter:
     """A choice among listed values; unmentioned, the first one."""
     known = [e for e in words.ENUMS if words.is_held_out(e[0]) == held_out and (language == "zh" or e[0].isascii())]
-    if known and rng.random() < 0.5:
+    listed = bool(known) and rng.random() < 0.5
+    if listed:
         name, spoken, choices = rng.choice(known)
         choices = rng.sample(choices, rng.randint(2, len(choices)))
     else:
-        name, choices = words.made_up(rng, held_out), [words.made_up(rng, held_out) for _ in range(rng.randint(2, 4))]
-        spoken = name
+        name, spoken = made_up_name(rng, language, held_out)
+        choices = [words.made_up(rng, held_out) for _ in range(rng.randint(2, 4))]
         if len(set(choices)) < len(choices):
             return enum_parameter(rng, language, held_out)
-    mentioned = rng.random() < 0.65
+    mentioned = rng.random() < 0.75
     value = rng.choice(choices) if mentioned else choices[0]
-    return Parameter(
-        name, spoken if language == "zh" else name.replace("_", " "), "enum", value, choices, mentioned=mentioned
-    )
+    if language == "en":
+        spoken = name.replace("_", " ")
+    obscure = spoken_otherwise(name, spoken) and (held_out or not listed)
+    return Parameter(name, spoken, "enum", value, choices, mentioned=mentioned, obscure=obscure)
 
 
 def parameter(rng: random.Random, kind: str, language: Language, held_out: bool) -> Parameter:
@@ -192,15 +212,28 @@ def parameter(rng: random.Random, kind: str, language: Language, held_out: bool)
     if kind == "enum":
         return enum_parameter(rng, language, held_out)
     known = [pair for pair in words.PARAMETERS[kind] if words.is_held_out(pair[0]) == held_out]
-    if known and rng.random() < 0.6:
-        name, translated = rng.choice(known)
-    else:
-        name = translated = words.made_up(rng, held_out)
-        if rng.random() < 0.1:
-            name = translated = f"{name}_{words.made_up(rng, held_out)}"
-    spoken = translated if language == "zh" else name.replace("_", " ")
+    listed = bool(known) and rng.random() < 0.6
+    name, spoken = rng.choice(known) if listed else made_up_name(rng, language, held_out)
+    if language == "en":
+        spoken = name.replace("_", " ")
     value = number_value(rng) if kind == "number" else string_value(rng, kind, language, held_out)
-    return Parameter(name, spoken, kind, value)
+    obscure = spoken_otherwise(name, spoken) and (held_out or not listed)
+    return Parameter(name, spoken, kind, value, obscure=obscure)
+
+
+def made_up_name(rng: random.Random, language: Language, held_out: bool) -> tuple[str, str]:
+    """A parameter's name that means nothing, and what a question calls it."""
+    name = words.made_up(rng, held_out)
+    if rng.random() < 0.1:
+        name = f"{name}_{words.made_up(rng, held_out)}"
+    if language == "zh" and rng.random() < 0.5:
+        return name, words.made_up_han(rng, held_out)
+    return name, name
+
+
+def spoken_otherwise(name: str, spoken: str) -> bool:
+    """Whether a question calls a parameter something that its name does not show."""
+    return name.replace("_", " ") != spoken.replace("_", " ")
 
 
 def parameters(rng: random.Random, language: Language, held_out: bool) -> list[Parameter]:
@@ -221,8 +254,10 @@ def parameters(rng: random.Random, language: Language, held_out: bool) -> list[P
 def mention(rng: random.Random, p: Parameter, language: Language, alone: bool) -> str:
     """The words by which a question gives a value; `alone`: no other parameter is of this kind."""
     if language == "zh":
-        named = [f"{p.spoken}是{p.value}", f"{p.spoken}为{p.value}", f"{p.spoken}：{p.value}", f"{p.spoken}{p.value}"]
+        named = [f"{p.spoken}是{p.value}", f"{p.spoken}为{p.value}", f"{p.spoken}：{p.value}"]
         named += [f"{p.spoken}用{p.value}", f"{p.spoken}要{p.value}"]
+        if not p.spoken.isascii() and str(p.value).isascii():  # elsewhere one could not tell where the value begins
+            named.append(f"{p.spoken}{p.value}")
         if p.kind in ("person", "thing"):
             named.append(f"{p.spoken}是“{p.value}”")
         if alone and p.kind in ("enum", "place"):
@@ -266,6 +301,12 @@ def question(rng: random.Random, about: Subject, given: list[Parameter], languag
     return text + rng.choice((".", "?", "", " please", ", thanks."))
 
 
+def gloss(p: Parameter) -> str:
+    """A Chinese description, repeated in the thought: the question will use its word and not the name."""
+    shown = p.description and not p.description.isascii() and p.description != p.name
+    return f"（{p.description}）" if shown else ""
+
+
 def think_call(name: str, topic: str, given: list[Parameter], language: Language) -> str:
     """Which tool, its parameters numbered in the schema's order, then each with its value."""
     english = language == "en"
@@ -278,7 +319,7 @@ def think_call(name: str, topic: str, given: list[Parameter], language: Language
             value = f"not said, first is {value}" if english else f"没说，取第一个 {value}"
         elif not p.mentioned:
             value = "not said, left out" if english else "没说，不填"
-        lines.append(f"{number} {p.name}: {value}")
+        lines.append(f"{number} {p.name}{gloss(p)}: {value}")
     return "\n".join(lines)
 
 
@@ -320,6 +361,8 @@ WEATHER_QUESTIONS = {
         "在{}需要带伞吗？",
     ),
 }
+CARD_DESCRIPTION = "The city and state e.g. San Francisco, CA"
+"""What ERNIE's model card says of its weather tool's parameter."""
 UNITS = (["c", "f"], ["celsius", "fahrenheit"], ["f", "c"], ["metric", "imperial"])
 
 
@@ -349,6 +392,9 @@ def weather_request(rng: random.Random, language: Language, held_out: bool) -> R
     if rng.random() < 0.2:
         given.reverse()
     name = rng.choice(("get_weather", "get_weather", "get_current_weather", "weather", "getWeather", "query_weather"))
+    describe_some(rng, language, given)
+    if rng.random() < 0.2:
+        place.description = CARD_DESCRIPTION
     topic = "weather" if language == "en" else "天气"
     descriptions = ("Determine weather in my location", "Get the current weather", "Weather by city", "查询天气")
     about = Subject(topic, "get", name, rng.choice(descriptions), "")
@@ -357,13 +403,14 @@ def weather_request(rng: random.Random, language: Language, held_out: bool) -> R
         unit = next(p for p in given if p.name == "unit")
         unit.mentioned, unit.value = True, rng.choice(unit.choices or [])
         text += f" In {unit.value}." if language == "en" else f"单位用{unit.value}。"
-    return Request(about, given, function(rng, language, name, about.description, given), text)
+    return Request(about, given, function(rng, name, about.description, given), text)
 
 
 def plain_request(rng: random.Random, language: Language, held_out: bool) -> Request:
     """A question for a generated tool."""
     about, given = subject(rng, language, held_out), parameters(rng, language, held_out)
-    tool = function(rng, language, about.name, about.description, given)
+    describe_some(rng, language, given)
+    tool = function(rng, about.name, about.description, given)
     return Request(about, given, tool, question(rng, about, given, language))
 
 

@@ -40,13 +40,30 @@ PARAMETERS = {kind: list(names.items()) for kind, names in LISTS["parameters"].i
 ENUMS: list[tuple[str, str, list[str]]] = [tuple(enum) for enum in LISTS["enums"]["known"]]
 """Name, what a Chinese question calls it, values."""
 ONSETS, VOWELS, CODAS = (LISTS["syllables"][part] for part in ("onsets", "vowels", "codas"))
-HAN = "".join(sorted(set("".join(CITIES["zh"] + PEOPLE["zh"] + THINGS["zh"] + [chinese for _, chinese in TOPICS]))))
-"""Characters of which Chinese words are made up."""
+CHINESE = (
+    *(*CITIES["zh"], *PEOPLE["zh"], *THINGS["zh"]),
+    *(chinese for _, chinese in TOPICS),
+    *(chinese for names in PARAMETERS.values() for _, chinese in names),
+    *(chinese for _, chinese, _ in ENUMS),
+)
+HAN = "".join(sorted({character for word in CHINESE for character in word if not character.isascii()}))
+"""Characters of which Chinese words are made up: all that a held-out word may have, so that each is trained."""
+PARAMETER_WORDS = [name for names in PARAMETERS.values() for name, _ in names if name.isalpha()]
 LISTED = frozenset(
     word.lower()
     for words in (CITIES["en"], PEOPLE["en"], THINGS["en"], *(values for _, _, values in ENUMS))
     for word in words
 )
+ENGLISH = sorted(
+    part
+    for word in {*LISTED, *(topic for topic, _ in TOPICS), *(n for names in PARAMETERS.values() for n, _ in names)}
+    if not is_held_out(word)
+    for part in word.replace("_", " ").split()
+    if len(part) > 3 and part.isascii() and part.isalpha()
+)
+"""Words whose pieces made-up words are blended from, so that ordinary endings are trained too."""
+ORDINARY = sorted({*DOING_VERBS, *(topic for topic, _ in TOPICS if " " not in topic), *PARAMETER_WORDS} - {"weather"})
+"""Words that may stand for anything, so that a name need not look like one."""
 
 
 def pick(rng: random.Random, words: Sequence[str], held_out: bool) -> str:
@@ -62,11 +79,22 @@ def syllable(rng: random.Random) -> str:
     return rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS)
 
 
+def blend(rng: random.Random) -> str:
+    """The beginning of one English word and the end of another."""
+    first, last = rng.choice(ENGLISH), rng.choice(ENGLISH)
+    return first[: rng.randint(2, 6)] + last[-rng.randint(2, 6) :]
+
+
 def made_up(rng: random.Random, held_out: bool) -> str:
-    """A lower-case word that means nothing: syllables, or any letters."""
+    """A lower-case word that means nothing here: syllables, a blend, any letters, or an ordinary word out of place."""
     while True:
-        if rng.random() < 0.9:
+        draw = rng.random()
+        if draw < 0.45:
             word = "".join(syllable(rng) for _ in range(rng.choice((1, 2, 2))))
+        elif draw < 0.75:
+            word = blend(rng)
+        elif draw < 0.9:
+            word = rng.choice(ORDINARY)
         else:
             word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 6)))
         if word not in LISTED and is_held_out(word) == held_out:

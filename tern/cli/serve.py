@@ -23,7 +23,7 @@ _TRY = """
 {name} answers at {url}. Try it:
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\
-    -d '{{"messages": [{{"role": "user", "content": "What is 1234 + 4321?"}}]}}'
+    -d '{{"messages": [{{"role": "user", "content": "What is 1958 + 4783?"}}]}}'
 """
 
 

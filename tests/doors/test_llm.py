@@ -51,7 +51,7 @@ def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
 
 
 def test_choices_share_a_prompt_and_differ_by_seed(llm: LLM) -> None:
-    params = SamplingParams(temperature=1.5, seed=7, n=4, max_tokens=12, ignore_eos=True)
+    params = SamplingParams(temperature=5.0, seed=7, n=4, max_tokens=12, ignore_eos=True)
     [first], [again] = llm.generate("Hello", params), llm.generate("Hello", params)
     texts = [choice.text for choice in first.outputs]
     assert [choice.index for choice in first.outputs] == [0, 1, 2, 3]
