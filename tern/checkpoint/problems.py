@@ -21,8 +21,7 @@ class Problems:
 
     def add(self, kind: str, finding: str) -> None:
         """Note one finding; kinds are listed in the order in which they first appear."""
-        shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in finding[:SHOWN_LENGTH])
-        self._by_kind[kind].append(shown + "..." * (len(finding) > SHOWN_LENGTH))
+        self._by_kind[kind].append(finding)
 
     def __bool__(self) -> bool:
         return bool(self._by_kind)
@@ -31,7 +30,7 @@ class Problems:
         """The findings, at most `SHOWN_PER_KIND` of each kind and then a count of the rest."""
         lines = []
         for kind, findings in self._by_kind.items():
-            lines += [f"{kind}: {finding}" for finding in findings[:SHOWN_PER_KIND]]
+            lines += [f"{kind}: {_shown(finding)}" for finding in findings[:SHOWN_PER_KIND]]
             if len(findings) > SHOWN_PER_KIND:
                 lines.append(f"{kind}: and {len(findings) - SHOWN_PER_KIND} more")
         return lines
@@ -41,3 +40,9 @@ class Problems:
         count = sum(map(len, self._by_kind.values()))
         found = "1 problem was" if count == 1 else f"{count} problems were"
         raise CheckpointError(f"The checkpoint {directory} cannot be loaded; {found} found:", problems=self.lines())
+
+
+def _shown(finding: str) -> str:
+    """A finding, shortened, with what a terminal would obey or not show spelt out."""
+    shown = "".join(char if char.isprintable() else repr(char)[1:-1] for char in finding[:SHOWN_LENGTH])
+    return shown + "..." * (len(finding) > SHOWN_LENGTH)

@@ -119,7 +119,7 @@ def _open_and_run(
         logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
         return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory), source)
 
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if server_options.api_keys else ""
+    key = server_options.curl_key
     run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url, key=key)))
 
 

@@ -32,7 +32,7 @@ def routes(state: AppState) -> APIRouter:
     async def welcome(http: Request) -> str:
         return WELCOME.format(
             model=state.model_name,
-            key=" -H 'Authorization: Bearer YOUR_KEY'" if state.options.api_keys else "",
+            key=state.options.curl_key,
             base=str(http.base_url).rstrip("/"),
             metrics=" /metrics" if state.options.metrics_port is None else "",
         )

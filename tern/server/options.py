@@ -58,6 +58,11 @@ class ServerOptions:
                 "or insist with --allow-public."
             )
 
+    @property
+    def curl_key(self) -> str:
+        """What a suggested curl command needs beside its other headers: a place for the key, never the key itself."""
+        return " -H 'Authorization: Bearer YOUR_KEY'" if self.api_keys else ""
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server that listens on `host`."""

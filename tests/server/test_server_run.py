@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
-from server_fakes import USER, ScriptedEngine, identity, write_tokenizer
+from server_fakes import USER, ScriptedEngine, identity, serve, write_tokenizer
 
 from tern.chat import ChatProtocol
 from tern.errors import CheckpointError, OptionError
@@ -253,6 +253,14 @@ def test_wrong_options_are_named(wrong: dict[str, Any]) -> None:
         ServerOptions(**wrong)
     words = str(error.value).lower()
     assert any(name in words or name.replace("_", " ").rstrip("s") in words for name in wrong)
+
+
+def test_a_suggested_command_has_a_place_for_the_key_but_never_the_key(protocol: ChatProtocol) -> None:
+    assert ServerOptions().curl_key == ""
+    with serve(ScriptedEngine(protocol), protocol, api_keys=("sesame",)) as live:
+        page = live.client.get("/").text
+    assert "-H 'Authorization: Bearer YOUR_KEY'" in page
+    assert "sesame" not in page
 
 
 def test_a_public_address_needs_a_key_or_insistence() -> None:
