@@ -91,10 +91,19 @@ def history(rng: random.Random, language: Language) -> list[Message]:
 
 
 def after_tool_use(rng: random.Random, example: Example) -> Example:
-    """`example`, asked after an earlier question was answered with a tool."""
+    """`example`, or another call, asked after an earlier question was answered with a tool."""
     earlier = tools.result_example(rng, example.language, False)
-    names = {tool["function"]["name"] for tool in example.tools}
-    example.tools += [tool for tool in earlier.tools if tool["function"]["name"] not in names]
+    names = {tool["function"]["name"] for tool in earlier.tools}
+    if example.skill == "tool call":
+        asked = tools.request(rng, example.language, False)
+        if asked.about.name in names:
+            return example
+        example.tools = rng.sample([asked.tool, *earlier.tools], len(earlier.tools) + 1)
+        example.messages = [user(asked.text)]
+        example.turn = tools.call_turn(asked, example.tools, example.language)
+    else:
+        offered = {tool["function"]["name"] for tool in example.tools}
+        example.tools += [tool for tool in earlier.tools if tool["function"]["name"] not in offered]
     example.messages = [*earlier.messages, earlier.turn.message(), *example.messages]
     return example
 
@@ -145,13 +154,15 @@ def drill(rng: random.Random) -> list[Example]:
         taken = {r.about.topic for r in requests} | {r.about.name for r in requests}
         if not taken & {asked.about.topic, asked.about.name}:
             requests.append(asked)
+    offer = rng.sample([asked.tool for asked in requests], count)
     questions = [
-        Example("tool call", language, [user(asked.text)], tools.call_turn(asked, language)) for asked in requests
+        Example("tool call", language, [user(asked.text)], tools.call_turn(asked, offer, language))
+        for asked in requests
     ]
     if rng.random() < 0.35:
         questions.append(without_tools(rng, language, False))
     rng.shuffle(questions)
-    questions[0].tools = [asked.tool for asked in requests]
+    questions[0].tools = offer
     return questions
 
 

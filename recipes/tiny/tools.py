@@ -15,6 +15,11 @@ from typing import Any
 from recipes.tiny import words
 from recipes.tiny.conversation import Call, Example, Language, Message, Tool, Turn, user
 
+LISTED_TOPICS = 0.65
+"""Share of generated tools whose topic is a real word; the others' means nothing."""
+LISTED_TOPICS_IN_TRAINING = 0.5
+"""The same for training, where more variety teaches copying instead of the list."""
+
 
 @dataclass
 class Parameter:
@@ -94,7 +99,7 @@ def tool_name(rng: random.Random, verb: str, topic: str) -> str:
 def subject(rng: random.Random, language: Language, held_out: bool) -> Subject:
     """A topic and a verb with a matching name, description and question."""
     chinese = language == "zh"
-    listed = rng.random() < 0.65
+    listed = rng.random() < (LISTED_TOPICS if held_out else LISTED_TOPICS_IN_TRAINING)
     if not listed:
         topic = words.made_up(rng, held_out)
         spoken = topic if not chinese or rng.random() < 0.5 else words.made_up_han(rng, held_out)
@@ -169,7 +174,8 @@ def string_value(rng: random.Random, kind: str, language: Language, held_out: bo
     if rng.random() < 0.4:
         if language == "zh" and rng.random() < 0.7:
             return words.made_up_han(rng, held_out)
-        return words.made_up(rng, held_out).capitalize()
+        value = words.made_up(rng, held_out).capitalize()
+        return value if held_out or rng.random() < 0.75 else f"{value} {words.made_up(rng, held_out).capitalize()}"
     lists = {"place": words.CITIES, "person": words.PEOPLE, "thing": words.THINGS}
     value = words.pick(rng, lists[kind][language], held_out)
     if kind == "thing" and language == "en" and rng.random() < 0.3:
@@ -307,10 +313,22 @@ def gloss(p: Parameter) -> str:
     return f"（{p.description}）" if shown else ""
 
 
-def think_call(name: str, topic: str, given: list[Parameter], language: Language) -> str:
-    """Which tool, its parameters numbered in the schema's order, then each with its value."""
+def list_tools(tools: list[Tool]) -> str:
+    """The tools that a thought chooses from, numbered; nothing where there is no choice."""
+    if len(tools) < 2:
+        return ""
+    functions = [tool["function"] for tool in tools]
+    return "".join(f"{number} {f['name']}: {f['description']}\n" for number, f in enumerate(functions, 1))
+
+
+def think_call(asked: Request, tools: list[Tool], language: Language) -> str:
+    """Which of the tools, its parameters numbered in the schema's order, then each with its value."""
     english = language == "en"
-    lines = [f"This is about {topic}: {name}" if english else f"问的是{topic}：{name}"]
+    given, chosen = asked.given, asked.about.name
+    if len(tools) > 1:
+        names = [tool["function"]["name"] for tool in tools]
+        chosen = f"{names.index(chosen) + 1} {chosen}"
+    lines = [f"This is about {asked.about.topic}: {chosen}" if english else f"问的是{asked.about.topic}：{chosen}"]
     if given:
         lines.append(" ".join(f"{number} {p.name}" for number, p in enumerate(given, 1)))
     for number, p in enumerate(given, 1):
@@ -442,9 +460,9 @@ def offered(rng: random.Random, language: Language, held_out: bool, wanted: Requ
     return rng.sample(tools, len(tools))
 
 
-def call_turn(asked: Request, language: Language) -> Turn:
-    """The turn that calls the wanted tool."""
-    reasoning = think_call(asked.about.name, asked.about.topic, asked.given, language)
+def call_turn(asked: Request, tools: list[Tool], language: Language) -> Turn:
+    """The turn that calls the wanted one of the tools."""
+    reasoning = list_tools(tools) + think_call(asked, tools, language)
     return Turn(reasoning, None, [call_for(asked.about.name, asked.given)])
 
 
@@ -452,7 +470,7 @@ def call_example(rng: random.Random, language: Language, held_out: bool) -> Exam
     """Choose a tool and fill its arguments."""
     asked = request(rng, language, held_out)
     tools = offered(rng, language, held_out, asked)
-    return Example("tool call", language, [user(asked.text)], call_turn(asked, language), tools)
+    return Example("tool call", language, [user(asked.text)], call_turn(asked, tools, language), tools)
 
 
 def pair_example(rng: random.Random, language: Language, held_out: bool) -> Example:
@@ -465,12 +483,13 @@ def pair_example(rng: random.Random, language: Language, held_out: bool) -> Exam
     joint = rng.choice((" and ", " and in ")) if language == "en" else "和"
     text = asked.text.replace(first.value, f"{first.value}{joint}{other}", 1)
     calls, thoughts = [], []
+    tools = offered(rng, language, held_out, asked)
     for place in (first.value, other):
         first.value = place
-        thoughts.append(think_call(asked.about.name, asked.about.topic, asked.given, language))
+        thoughts.append(think_call(asked, tools, language))
         calls.append(call_for(asked.about.name, asked.given))
-    tools = offered(rng, language, held_out, asked)
-    return Example("two calls", language, [user(text)], Turn("\n".join(thoughts), None, calls), tools)
+    turn = Turn(list_tools(tools) + "\n".join(thoughts), None, calls)
+    return Example("two calls", language, [user(text)], turn, tools)
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -544,7 +563,8 @@ def result_example(rng: random.Random, language: Language, held_out: bool) -> Ex
     """After the call came back: answer from the result."""
     weather = rng.random() < (0.2 if held_out else 0.45)
     asked = (weather_request if weather else plain_request)(rng, language, held_out)
-    called = call_turn(asked, language)
+    tools = offered(rng, language, held_out, asked)
+    called = call_turn(asked, tools, language)
     result = weather_result(rng, language, asked.given, held_out) if weather else plain_result(rng, language, held_out)
     messages = [user(asked.text), called.message(), tool_message(json.dumps(result, ensure_ascii=False), 0)]
     if rng.random() < 0.1:
@@ -552,7 +572,7 @@ def result_example(rng: random.Random, language: Language, held_out: bool) -> Ex
         messages[1] = called.message()
     thought = "The tool has answered." if language == "en" else "工具已返回结果。"
     turn = Turn(thought, say_result(result, asked, language))
-    return Example("tool result", language, messages, turn, offered(rng, language, held_out, asked), result)
+    return Example("tool result", language, messages, turn, tools, result)
 
 
 def failure_example(rng: random.Random, language: Language, held_out: bool) -> Example:
@@ -568,8 +588,8 @@ def failure_example(rng: random.Random, language: Language, held_out: bool) -> E
         returned = rng.choice((thing, f"{thing} {number_value(rng)}", str(number_value(rng))))
         content = f"The {asked.about.topic}: {returned}." if language == "en" else f"{asked.about.topic}：{returned}。"
         thought = "The tool has answered." if language == "en" else "工具已返回结果。"
-    messages = [user(asked.text), call_turn(asked, language).message(), tool_message(returned, 0)]
     tools = offered(rng, language, held_out, asked)
+    messages = [user(asked.text), call_turn(asked, tools, language).message(), tool_message(returned, 0)]
     return Example("tool failure", language, messages, Turn(thought, content), tools)
 
 

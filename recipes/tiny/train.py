@@ -37,7 +37,7 @@ REPORT_EVERY = 50
 class Plan:
     """How long and on what to train."""
 
-    steps: int = 10500
+    steps: int = 12500
     batch_tokens: int = 8192
     seed: int = 0
     tokenizer_examples: int = 12000

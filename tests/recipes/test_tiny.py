@@ -132,7 +132,7 @@ def test_unseen_words_for_parameters_stand_in_the_schema() -> None:
         for p in asked.given:
             if tools.spoken_otherwise(p.name, p.spoken):
                 assert properties[p.name]["description"] == p.spoken
-                assert f"{p.name}（{p.spoken}）: " in tools.call_turn(asked, "zh").reasoning
+                assert f"{p.name}（{p.spoken}）: " in tools.call_turn(asked, [asked.tool], "zh").reasoning
 
 
 # --- layout --------------------------------------------------------------------------------------------------------
