@@ -16,9 +16,9 @@ help:  ## show these commands
 
 setup: $(STAMP)  ## make .venv and install Tern into it (cheap when done)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"Tern needs Python 3.11 or newer, this is {sys.version.split()[0]}: run make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)")'
-	@echo "Setting up $(VENV) (once, about a minute) ..."
+	@echo "Setting up $(VENV) and compiling the kernels (once, about two minutes) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tern import ops
 from tern.model.config import ErnieConfig
 
 
@@ -43,7 +44,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class KVCache:
-    """The paged keys and values of all layers: `keys`, `values` [layers, blocks, block_size, kv_heads, head_dim]."""
+    """The paged keys and values of all layers: `keys[layer]` and `values[layer]` as in `tern.ops.kv_cache_shapes`."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -51,7 +52,7 @@ class KVCache:
     @property
     def block_size(self) -> int:
         """Tokens a block holds."""
-        return self.keys.shape[2]
+        return self.values.shape[3]
 
     @classmethod
     def allocate(
@@ -66,8 +67,9 @@ class KVCache:
     ) -> KVCache:
         """Reserve `num_blocks` blocks of `block_size` tokens for every layer of the decoder, or for `num_layers`."""
         layers = config.num_hidden_layers if num_layers is None else num_layers
-        shape = (layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        return cls(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
+        heads, head_dim = config.num_key_value_heads, config.head_dim
+        keys, values = ops.kv_cache_shapes(num_blocks, block_size, heads, head_dim, dtype)
+        return cls(_zeros((layers, *keys), dtype, device), _zeros((layers, *values), dtype, device))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

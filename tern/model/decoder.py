@@ -25,7 +25,7 @@ class ErnieModel:
     Raises `CheckpointError` that lists every parameter that is missing or misshapen.
     """
 
-    def __init__(self, config: ErnieConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, config: ErnieConfig, tensors: Mapping[str, ops.Weight]) -> None:
         _check(config, tensors)
         parameters = Parameters(tensors)
         self.config = config
@@ -35,7 +35,7 @@ class ErnieModel:
             for layer in range(config.num_hidden_layers)
         ]
         self.norm = parameters["norm"]
-        self.head = self.embedding if config.tie_word_embeddings else parameters["head"]
+        self.head = parameters.weight("head") if "head" in tensors else self.embedding
         self.head_bias = parameters["head.bias"] if config.has_head_bias else None
         self.frequencies = ops.rotary_frequencies(config.head_dim, config.rope_theta, self.device)
         self.mtp = (
@@ -60,7 +60,7 @@ class ErnieModel:
 
         Their keys and values are written into `kv` at the batch's slots.
         """
-        step = Step.of(batch, self.frequencies, kv.block_size)
+        step = Step.of(batch, self.frequencies, kv)
         delta, residual = None, ops.embed(batch.token_ids, self.embedding)
         for layer, key_cache, value_cache in zip(self.layers, kv.keys, kv.values, strict=True):
             delta, residual = layer(delta, residual, step, key_cache, value_cache)
@@ -72,9 +72,11 @@ class ErnieModel:
         return ops.linear(hidden_rows, self.head, self.head_bias).float()
 
 
-def _check(config: ErnieConfig, tensors: Mapping[str, Tensor]) -> None:
+def _check(config: ErnieConfig, tensors: Mapping[str, ops.Weight]) -> None:
     """Raise unless `tensors` hold what `config` needs; MTP may be absent as a whole."""
     shapes = parameter_shapes(config)
+    if "head" in tensors:  # tied embeddings may have a packed copy for the head
+        shapes.setdefault("head", shapes["embed"])
     if not any(name.startswith("mtp.") for name in tensors):
         shapes = {name: shape for name, shape in shapes.items() if not name.startswith("mtp.")}
     problems = []

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tern import ops
-from tern.model.batch import Batch
+from tern.errors import CheckpointError
+from tern.model.batch import Batch, KVCache
 from tern.model.config import ErnieConfig
 
 
@@ -28,26 +29,36 @@ class Step:
     plan: ops.AttentionPlan
 
     @classmethod
-    def of(cls, batch: Batch, frequencies: Tensor, block_size: int) -> Step:
-        """Prepare `batch` for a cache of `block_size` tokens a block."""
+    def of(cls, batch: Batch, frequencies: Tensor, kv: KVCache) -> Step:
+        """Prepare `batch` for the cache."""
         cosines, signed_sines = ops.rotary_table(batch.positions, frequencies)
-        plan = ops.plan_attention(batch.query_starts, batch.context_lens, batch.block_tables, block_size)
+        plan = ops.plan_attention(batch.query_starts, batch.context_lens, batch.block_tables, kv.values)
         return cls(cosines, signed_sines, batch.slots, plan)
 
 
 class Parameters:
     """The parameters below a prefix, by the rest of their canonical names."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    def __init__(self, tensors: Mapping[str, ops.Weight], prefix: str = "") -> None:
         self._tensors = tensors
         self._prefix = prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._prefix + name]
+        found = self.get(name)
+        if found is None:
+            raise KeyError(self._prefix + name)
+        return found
 
     def get(self, name: str) -> Tensor | None:
-        """The parameter, or None where the network has none of this name."""
-        return self._tensors.get(self._prefix + name)
+        """The parameter, or None where the network has none of this name; a packed one is refused."""
+        found = self._tensors.get(self._prefix + name)
+        if isinstance(found, ops.PackedWeight):
+            raise CheckpointError(f"{self._prefix}{name} is packed in {found.bits} bits: only linear weights may be.")
+        return found
+
+    def weight(self, name: str) -> ops.Weight:
+        """A linear weight, or a stack of them, packed or not."""
+        return self._tensors[self._prefix + name]
 
     def under(self, prefix: str) -> Parameters:
         """The parameters below `prefix`."""
@@ -58,22 +69,27 @@ class Linear:
     """A matrix and perhaps a bias: `[tokens, in]` -> `[tokens, out]`."""
 
     def __init__(self, parameters: Parameters) -> None:
-        self.weight = parameters["weight"]
+        self.weight = parameters.weight("weight")
         self.bias = parameters.get("bias")
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
+def swiglu_weights(parameters: Parameters) -> ops.SwiGLUWeights:
+    """The weights and biases of the SwiGLU under these parameters."""
+    gate_up, down = parameters.under("gate_up."), parameters.under("down.")
+    return ops.SwiGLUWeights(gate_up.weight("weight"), down.weight("weight"), gate_up.get("bias"), down.get("bias"))
+
+
 class SwiGLU:
     """down(silu(gate(x)) * up(x)), gate and up in one product."""
 
     def __init__(self, parameters: Parameters) -> None:
-        self.gate_up = Linear(parameters.under("gate_up."))
-        self.down = Linear(parameters.under("down."))
+        self.weights = swiglu_weights(parameters)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(ops.silu_mul(self.gate_up(x)))
+        return ops.swiglu(x, self.weights)
 
 
 class Experts:
@@ -84,32 +100,26 @@ class Experts:
         self.norm_min = config.moe_norm_min
         self.router = parameters["router"]
         self.correction_bias = parameters["correction_bias"]
-        self.gate_up = parameters["gate_up"]
-        self.down = parameters["down"]
-        self.shared = SwiGLU(parameters.under("shared.")) if config.moe_num_shared_experts > 0 else None
+        self.gate_up = parameters.weight("gate_up")
+        self.down = parameters.weight("down")
+        self.shared = swiglu_weights(parameters.under("shared.")) if config.moe_num_shared_experts > 0 else None
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, experts = ops.route(x, self.router, self.correction_bias, self.experts_per_token, self.norm_min)
-        routed = ops.mix_experts(x, weights, experts, self.gate_up, self.down)
-        return routed if self.shared is None else routed + self.shared(x)
+        return ops.mix_experts(x, weights, experts, self.gate_up, self.down, self.shared)
 
 
 class Attention:
     """Grouped-query attention with interleaved rotary embedding over the paged cache."""
 
-    def __init__(self, config: ErnieConfig, parameters: Parameters) -> None:
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
+    def __init__(self, parameters: Parameters) -> None:
         self.qkv = Linear(parameters.under("qkv."))
         self.o = Linear(parameters.under("o."))
 
     def __call__(self, x: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor) -> Tensor:
-        qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
-        rotated = ops.apply_rotary(qkv[:, : self.heads + self.kv_heads], step.cosines, step.signed_sines)
-        keys, values = rotated[:, self.heads :], qkv[:, self.heads + self.kv_heads :]
-        ops.write_kv(key_cache, value_cache, keys, values, step.slots)
-        attended = ops.paged_attention(rotated[:, : self.heads], key_cache, value_cache, step.plan)
+        tables = (step.cosines, step.signed_sines)
+        queries = ops.rotate_and_store(self.qkv(x), *tables, step.slots, key_cache, value_cache)
+        attended = ops.paged_attention(queries, key_cache, value_cache, step.plan)
         return self.o(attended.flatten(1))
 
 
@@ -120,7 +130,7 @@ class DecoderLayer:
         self.eps = config.rms_norm_eps
         self.attn_norm = parameters["attn_norm"]
         self.mlp_norm = parameters["mlp_norm"]
-        self.attention = Attention(config, parameters.under("attn."))
+        self.attention = Attention(parameters.under("attn."))
         self.mlp = Experts(config, parameters.under("moe.")) if moe else SwiGLU(parameters.under("mlp."))
 
     def __call__(

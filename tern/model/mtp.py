@@ -48,6 +48,6 @@ class MultiTokenPredictor:
             ],
             dim=-1,
         )
-        step = Step.of(batch, self.frequencies, kv.block_size)
+        step = Step.of(batch, self.frequencies, kv)
         delta, residual = self.block(None, self.proj(joined), step, kv.keys[0], kv.values[0])
         return residual + delta

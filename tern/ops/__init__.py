@@ -1,36 +1,115 @@
 """The arithmetic of the network, by function: the one door by which the model calls it.
 
-Today every function is the reference in plain torch; a faster version of one takes its place here, under its name.
+On the CPU the kernels in `tern.ops.cpu` compute what they can: products with packed weights of 4 and 8 bits, attention,
+norms and routing in float32 and bfloat16. Everything else, and every product with plain weights, is the reference in
+plain torch.
 """
 
-from tern.ops.reference import (
-    add_rms_norm,
-    apply_rotary,
-    embed,
-    linear,
-    mix_experts,
-    rms_norm,
-    rotary_frequencies,
-    rotary_table,
-    route,
-    silu_mul,
-    write_kv,
-)
-from tern.ops.reference_attention import AttentionPlan, paged_attention, plan_attention
+from torch import Tensor
+
+from tern.ops import cpu, reference, reference_attention, reference_packed
+from tern.ops.packed import PackedWeight, Weight, empty, packed_shapes, unpack
+from tern.ops.reference import embed, kv_cache_shapes, rms_norm, rotary_frequencies, rotary_table
+from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
     "AttentionPlan",
+    "PackedWeight",
+    "SwiGLUWeights",
+    "Weight",
     "add_rms_norm",
-    "apply_rotary",
     "embed",
+    "empty",
+    "kv_cache_shapes",
     "linear",
     "mix_experts",
+    "pack",
+    "packed_shapes",
     "paged_attention",
     "plan_attention",
     "rms_norm",
     "rotary_frequencies",
     "rotary_table",
+    "rotate_and_store",
     "route",
-    "silu_mul",
-    "write_kv",
+    "swiglu",
+    "unpack",
 ]
+
+AttentionPlan = cpu.SequencesPlan | reference_attention.AttentionPlan
+"""How one step's queries meet the cache; the same for every layer, so it is made once a step."""
+
+
+def pack(weight: Tensor, bits: int, parts: int = 1) -> PackedWeight:
+    """Round `weight` [out, in], or a stack [experts, out, in], to 4 or 8 bits; see `tern.ops.reference_packed.pack`."""
+    if cpu.can_norm(weight.flatten(0, -2)):
+        return cpu.pack(weight, bits, parts)
+    return reference_packed.pack(weight, bits, parts)
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """`x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
+    if isinstance(weight, PackedWeight):
+        return cpu.linear_packed(x, weight, bias)
+    return reference.linear(x, weight, bias)
+
+
+def swiglu(x: Tensor, layer: SwiGLUWeights) -> Tensor:
+    """down(silu(gate(x)) * up(x)): `x` [T, in] -> [T, out]. Both weights are packed or neither."""
+    if isinstance(layer.gate_up, PackedWeight):
+        return cpu.swiglu_packed(x, layer)
+    return reference.swiglu(x, layer)
+
+
+def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add `delta` [T, H] (None: nothing) to the residual stream [T, H] and norm the sum -> (normed, new residual)."""
+    if cpu.can_norm(residual):
+        return cpu.add_rms_norm(delta, residual, weight, eps)
+    return reference.add_rms_norm(delta, residual, weight, eps)
+
+
+def route(
+    x: Tensor, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """The experts of each token -> (weights [T, K] float32, experts [T, K] int64); see `tern.ops.reference.route`."""
+    if cpu.can_norm(x):
+        return cpu.route(x, router, correction_bias, experts_per_token, norm_min)
+    return reference.route(x, router, correction_bias, experts_per_token, norm_min)
+
+
+def mix_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: Weight, shared: SwiGLUWeights | None = None
+) -> Tensor:
+    """The weighted sum of each token's experts, plus the shared one -> [T, H]; see `tern.ops.reference.mix_experts`."""
+    if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
+        return cpu.mix_experts_packed(x, weights, experts, gate_up, down, shared)
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return reference.mix_experts(x, weights, experts, gate_up, down, shared)
+    raise TypeError("the experts' weights are packed as a whole or not at all")
+
+
+def rotate_and_store(
+    qkv: Tensor, cosines: Tensor, signed_sines: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
+) -> Tensor:
+    """Turn queries and keys, store keys and values -> queries; see `tern.ops.reference.rotate_and_store`."""
+    if cpu.can_attend(value_cache.shape[3], value_cache.dtype, value_cache.device) and cpu.can_norm(qkv):
+        return cpu.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
+    return reference.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
+
+
+def plan_attention(query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, values: Tensor) -> AttentionPlan:
+    """Prepare a step's queries for caches whose values are like `values` [..., block_size, D].
+
+    Sequence s owns the query rows `query_starts[s] : query_starts[s + 1]`, the last positions of a context of
+    `context_lens[s]` tokens whose slots lie in the blocks `block_tables[s]`. Shapes [S + 1], [S], [S, max_blocks].
+    """
+    if cpu.can_attend(values.shape[-1], values.dtype, values.device):
+        return cpu.SequencesPlan(query_starts, context_lens, block_tables)
+    return reference_attention.plan_attention(query_starts, context_lens, block_tables, values.shape[-2])
+
+
+def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """Causal attention of a step's queries; see `tern.ops.reference_attention.paged_attention`."""
+    if isinstance(plan, cpu.SequencesPlan):
+        return cpu.paged_attention(queries, key_cache, value_cache, plan)
+    return reference_attention.paged_attention(queries, key_cache, value_cache, plan)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tern.ops.swiglu import SwiGLUWeights
+
 # A float32 product with fewer rows than this is computed with rows of padding: see `pad_rows`.
 _STABLE_ROWS = 16
 
@@ -95,6 +97,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def swiglu(x: Tensor, layer: SwiGLUWeights) -> Tensor:
+    """down(silu(gate(x)) * up(x)): `x` [T, in] -> [T, out]."""
+    assert isinstance(layer.gate_up, Tensor)
+    assert isinstance(layer.down, Tensor)
+    return linear(silu_mul(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+
+
 def route(
     x: Tensor, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
 ) -> tuple[Tensor, Tensor]:
@@ -109,8 +118,10 @@ def route(
     return weights / weights.sum(dim=-1, keepdim=True).clamp(min=norm_min), experts
 
 
-def mix_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The weighted sum of each token's experts, SwiGLUs without bias -> [T, H] in the type of `x`.
+def mix_experts(
+    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, shared: SwiGLUWeights | None = None
+) -> Tensor:
+    """The weighted sum of each token's experts, SwiGLUs without bias, plus the shared expert -> [T, H] like `x`.
 
     `x` [T, H], `weights` [T, K] float32, `experts` [T, K], `gate_up` [E, 2I, H], `down` [E, H, I]. Tokens are sorted by
     expert once, and only the experts that a token chose are read. A token's terms are added in float32, in the order
@@ -130,13 +141,51 @@ def mix_experts(x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, do
         output = linear(silu_mul(linear(inputs[rows], gate_up[expert])), down[expert])
         mixed.index_add_(0, tokens[rows], output.float() * row_weights[rows])
         start += count
-    return mixed.to(x.dtype)
+    routed = mixed.to(x.dtype)
+    return routed if shared is None else routed + swiglu(x, shared)
+
+
+def kv_cache_shapes(
+    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of one layer's cache: keys [blocks, G, D / u, block_size, u], values [blocks, G, block_size, D].
+
+    u is how many numbers of `dtype` fill four bytes (or 1 where D is no multiple of that): neighbours along D lie
+    together and each of them for all of a block's keys, so that a product with a query runs over keys side by side, by
+    the instructions that multiply pairs of bf16 or quads of int8.
+    """
+    unit = max(1, 4 // dtype.itemsize)
+    unit = unit if head_dim % unit == 0 else 1
+    return (num_blocks, kv_heads, head_dim // unit, block_size, unit), (num_blocks, kv_heads, block_size, head_dim)
 
 
 def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Store one layer's new keys and values, in place.
 
-    Caches [blocks, block_size, G, D]; `keys`, `values` [T, G, D]; `slots` [T] are block * block_size + offset.
+    Caches as in `kv_cache_shapes`; `keys`, `values` [T, G, D]; `slots` [T] are block * block_size + offset.
     """
-    key_cache.flatten(0, 1).index_copy_(0, slots, keys.to(key_cache.dtype))
-    value_cache.flatten(0, 1).index_copy_(0, slots, values.to(value_cache.dtype))
+    blocks, offsets = slots // value_cache.shape[2], slots % value_cache.shape[2]
+    units = keys.view(*keys.shape[:2], key_cache.shape[2], key_cache.shape[4])
+    key_cache[blocks, :, :, offsets] = units.to(key_cache.dtype)
+    value_cache[blocks, :, offsets] = values.to(value_cache.dtype)
+
+
+def rotate_and_store(
+    qkv: Tensor, cosines: Tensor, signed_sines: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
+) -> Tensor:
+    """Turn queries and keys, store keys and values -> the queries [T, N, D].
+
+    `qkv` [T, (N + 2G) * D] are all of a token's heads: queries, keys, values. Tables [T, D], `slots` [T] and caches as
+    in `apply_rotary` and `write_kv`.
+    """
+    kv_heads, head_dim = value_cache.shape[1], value_cache.shape[3]
+    heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)
+    rotated = apply_rotary(heads[:, :-kv_heads], cosines, signed_sines)
+    write_kv(key_cache, value_cache, rotated[:, -kv_heads:], heads[:, -kv_heads:], slots)
+    return rotated[:, :-kv_heads]
+
+
+def read_kv(key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """What `write_kv` stored in `slots` [T]: keys and values [T, G, D]."""
+    blocks, offsets = slots // value_cache.shape[2], slots % value_cache.shape[2]
+    return key_cache[blocks, :, :, offsets].flatten(2), value_cache[blocks, :, offsets]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tern.ops.reference import pad_rows
+from tern.ops.reference import pad_rows, read_kv
 
 TILE = 256  # keys visited at once
 MAX_GROUP_ROWS = 256  # query rows computed at once
@@ -115,25 +115,24 @@ def _group(
 def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan) -> Tensor:
     """Causal attention of a step's queries over their contexts, scaled by 1 / sqrt(D) -> [T, N, D].
 
-    `queries` [T, N, D], rotated; one layer's caches [blocks, block_size, G, D], which already hold the step's own keys
-    and values. Query head n reads key/value head n // (N / G). Slots outside a context are never read into a result.
+    `queries` [T, N, D], rotated; one layer's caches (`kv_cache_shapes`), which already hold the step's own keys and
+    values. Query head n reads key/value head n // (N / G). Slots outside a context are never read into a result.
     """
     output = torch.zeros_like(queries)
-    kv_heads, head_dim = key_cache.shape[-2:]
-    keys, values = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    kv_heads, head_dim = value_cache.shape[1], value_cache.shape[3]
     for group in plan.groups:
         sequences, rows = group.rows.shape
         chosen = queries[group.rows.flatten()].float() / math.sqrt(head_dim)
         # [sequences, G, rows * N/G, D]: the query heads that share a key head become rows of one product.
         chosen = chosen.view(sequences, rows, kv_heads, -1, head_dim).transpose(1, 2).flatten(2, 3)
-        attended = _attend(chosen, keys, values, group)
+        attended = _attend(chosen, key_cache, value_cache, group)
         attended = attended.view(sequences, kv_heads, rows, -1, head_dim).transpose(1, 2).reshape(sequences * rows, -1)
         output.view(output.shape[0], -1)[group.rows.flatten()] = attended.to(output.dtype)
     return output
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tensor:
-    """One group: `queries` [S, G, R, D] float32 (R = rows * N/G), `keys`, `values` [slots, G, D] -> [S, G, R, D]."""
+def _attend(queries: Tensor, key_cache: Tensor, value_cache: Tensor, group: Group) -> Tensor:
+    """One group: `queries` [S, G, R, D] float32 (R = rows * N/G) over the caches -> [S, G, R, D]."""
     wanted = queries.shape[2]
     queries = pad_rows(queries)
     highest = queries.new_full((*queries.shape[:3], 1), -math.inf)
@@ -141,7 +140,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tens
     mixed = torch.zeros_like(queries)
     for tile in group.tiles:
         live = slice(tile.sequences)
-        tile_keys, tile_values = (_gather(cache, tile, queries.shape[1]) for cache in (keys, values))
+        tile_keys, tile_values = (_by_head(rows, tile) for rows in read_kv(key_cache, value_cache, tile.slots))
         scores = queries[live] @ tile_keys.transpose(2, 3)
         if tile.hidden is not None:
             by_row = scores[:, :, :wanted].view(*scores.shape[:2], group.rows.shape[1], -1, TILE)
@@ -158,7 +157,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, group: Group) -> Tens
     return (mixed / total)[:, :, :wanted]
 
 
-def _gather(cache: Tensor, tile: Tile, kv_heads: int) -> Tensor:
-    """A tile's keys or values, in float32: `cache` [slots, G, D] -> [sequences, G, TILE, D]."""
-    gathered = cache.index_select(0, tile.slots).view(tile.sequences, TILE, kv_heads, -1)
-    return gathered.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+def _by_head(rows: Tensor, tile: Tile) -> Tensor:
+    """A tile's keys or values [sequences * TILE, G, D] -> [sequences, G, TILE, D] in float32."""
+    by_sequence = rows.view(tile.sequences, TILE, *rows.shape[1:])
+    return by_sequence.transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
