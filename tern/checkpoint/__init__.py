@@ -5,16 +5,20 @@ requests and no arithmetic. Only safetensors and JSON are ever read: no pickle, 
 """
 
 from tern.checkpoint.generation import GenerationConfig
-from tern.checkpoint.loader import load_model, load_tensors
+from tern.checkpoint.loader import load_model, load_tensors, quantise_checkpoint
 from tern.checkpoint.presets import PRESETS
+from tern.checkpoint.quantisation import QUANTIZATIONS, weight_bytes
 from tern.checkpoint.source import ModelSource, embedded_model_directory, resolve_model
 
 __all__ = [
     "PRESETS",
+    "QUANTIZATIONS",
     "GenerationConfig",
     "ModelSource",
     "embedded_model_directory",
     "load_model",
     "load_tensors",
+    "quantise_checkpoint",
     "resolve_model",
+    "weight_bytes",
 ]

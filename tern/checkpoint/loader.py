@@ -9,16 +9,21 @@ the mapped files. No second copy of the model, and no temporary larger than one 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 
+from tern import ops
 from tern.checkpoint.inventory import take_inventory
+from tern.checkpoint.packed_files import load_packed, write_packed
 from tern.checkpoint.placement import Piece, plan_pieces
 from tern.checkpoint.problems import Problems
 from tern.checkpoint.progress import byte_progress
+from tern.checkpoint.quantisation import check_quantization, pack_parameter, pack_tied_head, packed_shapes
 from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles
 from tern.checkpoint.source import ModelSource
-from tern.checkpoint.synthetic import synthetic_tensors
+from tern.checkpoint.synthetic import synthetic_parameters, synthetic_tensors
 from tern.errors import OptionError
 from tern.model import ErnieModel, float32_parameters, parameter_shapes
 
@@ -32,17 +37,21 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantization: str | None = None,
     progress: bool = True,
 ) -> ErnieModel:
     """Build the network that `source` describes, with its weights in `dtype` on `device`.
 
-    `dtype` None takes the config's, or failing that the one the embeddings are stored in. Routers and correction biases
-    are float32 always. MTP weights that the files lack are left out without a word.
+    `quantization` "wint4" or "wint8" packs linear weights and experts as they are read. `dtype` None takes that of the
+    config, or failing that the one the embeddings are stored in. Routers and correction biases are float32 always. MTP
+    weights that the files lack are left out without a word.
 
     Raises `CheckpointError` that lists every tensor that is missing, surplus, misshapen or of an unsupported dtype and
-    every file that is missing or damaged, and `OptionError` for a dtype that networks do not run in.
+    every file that is missing or damaged, and `OptionError` for a dtype that networks do not run in or a quantization
+    that there is not.
     """
-    return ErnieModel(source.config, load_tensors(source, dtype=dtype, device=device, progress=progress))
+    tensors = load_tensors(source, dtype=dtype, device=device, quantization=quantization, progress=progress)
+    return ErnieModel(source.config, tensors)
 
 
 def load_tensors(
@@ -50,18 +59,63 @@ def load_tensors(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantization: str | None = None,
     progress: bool = True,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, ops.Weight]:
     """The weights alone, by canonical name (`tern.model.parameter_shapes`); arguments and errors as in `load_model`."""
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype}: networks run in bfloat16, float16 or float32.")
     device = torch.device(device)
+    if source.stored_bits is not None:
+        check_quantization(f"wint{source.stored_bits}", device)
+        if quantization not in (None, f"wint{source.stored_bits}"):
+            raise OptionError(
+                f"quantization is {quantization!r}, but {source.name} is packed in {source.stored_bits} bits already: "
+                "leave it out."
+            )
+        return load_packed(source, source.stored_bits, dtype, progress=progress)
+    if quantization is not None:
+        check_quantization(quantization, device)
     if source.synthetic_seed is not None:
         dtype = dtype or _config_dtype(source) or torch.bfloat16
-        return synthetic_tensors(source.config, source.synthetic_seed, dtype, device, progress=progress)
+        seed = source.synthetic_seed
+        return synthetic_tensors(source.config, seed, dtype, device, quantization=quantization, progress=progress)
     plan = plan_checkpoint(source)
-    dtype = dtype or _config_dtype(source) or WEIGHT_DTYPES[plan["embed"][0].entry.dtype]
-    return _fill(plan, source, dtype, device, progress)
+    return _fill(plan, source, dtype or _stored_dtype(source, plan), device, quantization, progress)
+
+
+def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, progress: bool = True) -> None:
+    """Write the network that `source` describes to a new directory with its weights packed in `bits` bits.
+
+    A layer at a time is in memory. Other weights keep the type in which `load_model` would load them. What a run that
+    was cut short has written is kept. Raises `OptionError` if `destination` holds something else or the source is
+    packed already, `CheckpointError` if the source cannot be read or the destination not be written.
+    """
+    quantization = f"wint{bits}"
+    check_quantization(quantization, torch.device("cpu"))
+    if source.stored_bits is not None:
+        raise OptionError(f"{source.name} is packed in {source.stored_bits} bits already: give the plain checkpoint.")
+    seed, config = source.synthetic_seed, source.config
+    if seed is not None:
+        dtype, shapes = _config_dtype(source) or torch.bfloat16, packed_shapes(parameter_shapes(config), config)
+
+        def parameters(names: Iterable[str]) -> Iterator[tuple[str, ops.Weight]]:
+            return synthetic_parameters({name: shapes[name] for name in names}, config, seed, dtype, quantization)
+
+    else:
+        plan = plan_checkpoint(source)
+        dtype, shapes, wide = _stored_dtype(source, plan), _storable_shapes(source), float32_parameters(config)
+
+        def parameters(names: Iterable[str]) -> Iterator[tuple[str, ops.Weight]]:
+            files = MappedFiles()
+            for name in names:
+                stored = "embed" if name == "head" and config.tie_word_embeddings else name
+                if stored in plan:
+                    target = torch.float32 if name in wide else dtype
+                    tensor = _assemble(plan[stored], shapes[stored], target, torch.device("cpu"), files)
+                    yield name, pack_parameter(name, tensor, quantization)
+
+    write_packed(source, destination, bits, dtype, parameters, progress=progress)
 
 
 def plan_checkpoint(source: ModelSource) -> Plan:
@@ -84,6 +138,10 @@ def _storable_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _stored_dtype(source: ModelSource, plan: Plan) -> torch.dtype:
+    return _config_dtype(source) or WEIGHT_DTYPES[plan["embed"][0].entry.dtype]
+
+
 def _config_dtype(source: ModelSource) -> torch.dtype | None:
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(
         source.config.dtype or ""
@@ -91,18 +149,26 @@ def _config_dtype(source: ModelSource) -> torch.dtype | None:
 
 
 def _fill(
-    plan: Plan, source: ModelSource, dtype: torch.dtype, device: torch.device, progress: bool
-) -> dict[str, torch.Tensor]:
+    plan: Plan,
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: str | None,
+    progress: bool,
+) -> dict[str, ops.Weight]:
     shapes = _storable_shapes(source)
     wide = float32_parameters(source.config)
     files = MappedFiles()
-    tensors = {}
+    tensors: dict[str, ops.Weight] = {}
     total = sum(piece.entry.nbytes for pieces in plan.values() for piece in pieces)
     with byte_progress(f"Loading {source.name}", total, enabled=progress) as advance:
         for name, pieces in plan.items():
             target_dtype = torch.float32 if name in wide else dtype
-            tensors[name] = _assemble(pieces, shapes[name], target_dtype, device, files)
+            tensor = _assemble(pieces, shapes[name], target_dtype, device, files)
+            tensors[name] = tensor if quantization is None else pack_parameter(name, tensor, quantization)
             advance(sum(piece.entry.nbytes for piece in pieces))
+    if quantization is not None:
+        pack_tied_head(tensors, source.config, quantization)
     return tensors
 
 

@@ -12,9 +12,10 @@ that no view can reach outside it.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,6 +40,10 @@ DTYPE_BYTES = {
 # The dtypes that weights are read from. Paddle saves bfloat16 through numpy, which has no such type, and calls it U16
 # (https://github.com/foundation-model-stack/fastsafetensors/pull/24).
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U16": torch.bfloat16}
+
+# The dtypes that tensors are mapped as: weights, and the bytes of packed ones.
+STORED_DTYPES = {**WEIGHT_DTYPES, "U8": torch.uint8}
+DATA_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class MappedFiles:
 
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """Return the tensor, a view of the mapped file, or a copy if the file stores it at an unaligned offset."""
-        dtype = WEIGHT_DTYPES[entry.dtype]
+        dtype = STORED_DTYPES[entry.dtype]
         storage = self._storage(entry.path)
         if storage.nbytes() < entry.start + entry.nbytes:
             raise CheckpointError(f"{entry.path} has shrunk since its header was read: load the checkpoint again.")
@@ -170,3 +175,30 @@ class MappedFiles:
                 raise CheckpointError(f"{path} cannot be mapped into memory ({reason}).") from error
             self._storages[path] = cast(torch.UntypedStorage, storage)
         return self._storages[path]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file of tensors on the CPU, whole or not at all: under another name until it is on the disk.
+
+    Data begins at a multiple of `DATA_ALIGNMENT` bytes, and tensors whose size is such a multiple come first, so that
+    each of those begins at one too.
+    """
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % DATA_ALIGNMENT != 0, name))
+    dtypes = {dtype: name for name, dtype in reversed(STORED_DTYPES.items())}
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": dtypes[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    encoded += b" " * (-(LENGTH_BYTES + len(encoded)) % DATA_ALIGNMENT)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
+        file.write(encoded)
+        for name in names:
+            file.write(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

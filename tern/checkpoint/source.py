@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 from tern.checkpoint.generation import GenerationConfig
 from tern.checkpoint.inventory import file_names
 from tern.checkpoint.json_file import read_json_object
 from tern.checkpoint.presets import PRESETS
+from tern.checkpoint.quantisation import PACKED_FORMAT, PACKED_METHOD, QUANTIZATIONS, UNFINISHED
 from tern.errors import CheckpointError, OptionError, UnsupportedConfigError
 from tern.model import ErnieConfig
 
@@ -31,7 +34,8 @@ class ModelSource:
     """A model that is ready to be loaded.
 
     `name` is how the user would call it. `directory` holds tokenizer, template and, unless `synthetic_seed` is set, the
-    weights; with `synthetic_seed` the weights are random.
+    weights; with `synthetic_seed` the weights are random. `raw_config` is what `config.json` says, word for word.
+    `stored_bits`: the files hold weights packed in so many bits.
     """
 
     name: str
@@ -39,6 +43,8 @@ class ModelSource:
     config: ErnieConfig
     generation: GenerationConfig
     synthetic_seed: int | None = None
+    raw_config: Mapping[str, Any] = field(default_factory=dict)
+    stored_bits: int | None = None
 
 
 def embedded_model_directory() -> Path:
@@ -86,27 +92,43 @@ def resolve_model(
 
 def _directory_source(directory: Path, name: str) -> ModelSource:
     path = directory / "config.json"
-    if path.name not in file_names(directory):
+    present = file_names(directory)
+    if path.name not in present and UNFINISHED in present:
+        raise CheckpointError(f"{directory} is half written: run the tern quantize command that made it again.")
+    if path.name not in present:
         raise CheckpointError(f"{directory} has no config.json: give the directory of a Hugging Face checkpoint.")
-    config = _read_config(path)
-    return ModelSource(name, directory, config, GenerationConfig.from_directory(directory, config))
-
-
-def _read_config(path: Path) -> ErnieConfig:
     raw = read_json_object(path)
+    config = _parse_config(path, raw)
+    generation = GenerationConfig.from_directory(directory, config)
+    return ModelSource(name, directory, config, generation, raw_config=raw, stored_bits=_stored_bits(path, raw))
+
+
+def _parse_config(path: Path, raw: dict[str, Any]) -> ErnieConfig:
     try:
-        config = ErnieConfig.from_dict(raw)
+        return ErnieConfig.from_dict(raw)
     except UnsupportedConfigError as error:
         message, *_ = str(error).split("\n")
         raise UnsupportedConfigError(f"{path}: {message}", problems=error.problems) from error
+
+
+def _stored_bits(path: Path, raw: dict[str, Any]) -> int | None:
+    """Bits of the weights that a checkpoint packed by Tern holds; None for plain weights."""
     quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if not quantization:
+        return None
+    fields = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    if fields.get("quant_method") != PACKED_METHOD:
         raise UnsupportedConfigError(
-            f"{path} describes weights quantised by {str(method)[:40]!r}, which Tern does not read yet: "
-            "use the checkpoint in bfloat16."
+            f"{path} describes weights quantised by {str(fields.get('quant_method'))[:40]!r}, which Tern does not read "
+            "yet: use the checkpoint in bfloat16, with --quantization."
         )
-    return config
+    bits, form = fields.get("bits"), fields.get("format")
+    if form != PACKED_FORMAT or not isinstance(bits, int) or bits not in QUANTIZATIONS.values():
+        raise UnsupportedConfigError(
+            f"{path} describes packed weights of format {str(form)[:20]} in {str(bits)[:20]} bits; this version reads "
+            f"format {PACKED_FORMAT} in 4 or 8 bits: pack the checkpoint again with tern quantize."
+        )
+    return bits
 
 
 def _synthetic_source(model: str) -> ModelSource:
@@ -115,10 +137,12 @@ def _synthetic_source(model: str) -> ModelSource:
     directory = embedded_model_directory()
     path = os.path.expanduser(name)
     if name.lower() in PRESETS:
-        config = ErnieConfig.from_dict(PRESETS[name.lower()])
+        raw = PRESETS[name.lower()]
+        config = ErnieConfig.from_dict(raw)
     elif name.endswith(".json") or os.path.isdir(path):
         file = Path(path, "config.json") if os.path.isdir(path) else Path(path)
-        config = _read_config(file)
+        raw = read_json_object(file)
+        config = _parse_config(file, raw)
         if any((file.parent / tokenizer).exists() for tokenizer in TOKENIZER_FILES):
             directory = file.resolve().parent
     else:
@@ -126,7 +150,8 @@ def _synthetic_source(model: str) -> ModelSource:
             f"There is no preset {name!r} for {DUMMY_PREFIX}; known are {', '.join(PRESETS)}, "
             f"or give a network's own description: {DUMMY_PREFIX}/path/to/config.json."
         )
-    return ModelSource(model, directory, config, GenerationConfig.from_dict({}, config), seed)
+    generation = GenerationConfig.from_dict({}, config)
+    return ModelSource(model, directory, config, generation, synthetic_seed=seed, raw_config=raw)
 
 
 def _read_seed(model: str, query: str) -> int:

@@ -10,47 +10,75 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import torch
 
+from tern import ops
 from tern.checkpoint.progress import byte_progress
+from tern.checkpoint.quantisation import packed_bits, packed_parts, packed_shapes
 from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 
 # Elements drawn by one random stream. A tensor is cut into such blocks, so that several threads can fill it and the
 # result does not depend on how many there are.
 BLOCK = 1 << 22
 BIAS_STD = 0.02
+# The standard deviation of a packed weight's integers when its bytes are drawn evenly: of factor * q, and of v.
+PACKED_STD = {4: math.sqrt(21.5 * 25.5), 8: math.sqrt((2**16 - 1) / 12 + 0.25)}
 
 
 def synthetic_tensors(
-    config: ErnieConfig, seed: int, dtype: torch.dtype, device: torch.device, *, progress: bool = True
-) -> dict[str, torch.Tensor]:
+    config: ErnieConfig,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    quantization: str | None = None,
+    progress: bool = True,
+) -> dict[str, ops.Weight]:
     """Every parameter of the network by canonical name, drawn in `dtype` and moved to `device` one by one.
 
-    The values depend on `seed`, the parameter's name, its shape and `dtype`, and on nothing else.
+    With `quantization`, weights that it packs are drawn packed: random bytes, not packed Gaussians. The values depend
+    on `seed`, the parameter's name, its shape, `dtype` and `quantization`, and on nothing else.
     """
     shapes = parameter_shapes(config)
+    if quantization is not None:
+        shapes = packed_shapes(shapes, config)
+    total = sum(map(math.prod, shapes.values()))
+    tensors: dict[str, ops.Weight] = {}
+    with byte_progress("Making random weights", total, enabled=progress) as advance:
+        for name, weight in synthetic_parameters(shapes, config, seed, dtype, quantization):
+            tensors[name] = weight.to(device) if isinstance(weight, torch.Tensor) else weight
+            advance(math.prod(shapes[name]))
+    return tensors
+
+
+def synthetic_parameters(
+    shapes: Mapping[str, tuple[int, ...]], config: ErnieConfig, seed: int, dtype: torch.dtype, quantization: str | None
+) -> Iterator[tuple[str, ops.Weight]]:
+    """Draw these parameters of the network, one after the other; see `synthetic_tensors`."""
     wide = float32_parameters(config)
-    dtypes = {name: torch.float32 if name in wide else dtype for name in shapes}
-    total = sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items())
-    tensors = {}
-    with (
-        byte_progress("Making random weights", total, enabled=progress) as advance,
-        ThreadPoolExecutor(torch.get_num_threads()) as pool,
-    ):
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, shape in shapes.items():
-            tensor = torch.empty(shape, dtype=dtypes[name])
             scale = _scale(name, shape, config)
+            bits = None if quantization is None else packed_bits(name, quantization)
+            if bits is not None:
+                weight = ops.empty(shape, bits, packed_parts(name))
+                weight.scales.fill_((scale or 0.0) / PACKED_STD[bits])
+                for part, drawn in (("values", weight.values), ("factors", weight.factors)):
+                    if drawn is not None:
+                        list(pool.map(_draw_bytes, *zip(*_blocks(drawn, seed, f"{name}/{part}"), strict=True)))
+                yield name, weight
+                continue
+            tensor = torch.empty(shape, dtype=torch.float32 if name in wide else dtype)
             if scale is None:
                 tensor.fill_(1.0)
             else:
                 list(pool.map(partial(_draw, std=scale), *zip(*_blocks(tensor, seed, name), strict=True)))
-            tensors[name] = tensor.to(device)
-            advance(tensor.nbytes)
-    return tensors
+            yield name, tensor
 
 
 def _scale(name: str, shape: tuple[int, ...], config: ErnieConfig) -> float | None:
@@ -77,3 +105,8 @@ def _draw(block: torch.Tensor, seed: int, std: float) -> None:
     generator = torch.Generator()
     generator.manual_seed(seed)
     block.normal_(0.0, std, generator=generator)
+
+
+def _draw_bytes(block: torch.Tensor, seed: int) -> None:
+    words = np.random.SFC64(seed & (2**64 - 1)).random_raw(-(-len(block) // 8))
+    block.copy_(torch.from_numpy(words.view(np.uint8)[: len(block)]))

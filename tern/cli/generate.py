@@ -28,6 +28,7 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, thought included.")] = None,
     reasoning_max_tokens: Annotated[int | None, typer.Option(help="Longest thought.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
@@ -39,7 +40,7 @@ def generate(
     from tern.cli.session import Session
     from tern.cli.terminal import AnswerPrinter
 
-    session = Session(model, revision=revision, dtype=dtype, max_model_len=max_model_len)
+    session = Session(model, revision=revision, dtype=dtype, quantization=quantization, max_model_len=max_model_len)
     params = session.sampling(
         temperature=temperature,
         top_p=top_p,

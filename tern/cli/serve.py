@@ -37,6 +37,7 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(envvar="TERN_API_KEY", help="Required of clients.")] = None,
     allow_public: Annotated[bool, typer.Option(help="Serve other machines although there is no --api-key.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
@@ -82,6 +83,7 @@ def serve(
     engine_options = EngineOptions.from_keywords(
         dtype=dtype,
         device=device,
+        quantization=quantization,
         max_model_len=max_model_len,
         kv_cache_memory=None if kv_cache_memory is None else _gibibytes("--kv-cache-memory", kv_cache_memory),
         enable_prefix_caching=prefix_caching,

@@ -106,7 +106,8 @@ class Engine:
         options = options or EngineOptions()
         resolve_max_model_len(options, source.config)  # a length that cannot be is known before the weights are read
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        model = load_model(source, dtype=dtype, device=_device(options.device), progress=progress)
+        device = _device(options.device)
+        model = load_model(source, dtype=dtype, device=device, quantization=options.quantization, progress=progress)
         return cls(model, source.generation.eos_token_ids, options)
 
     @property

@@ -10,6 +10,7 @@ from typing import Any
 from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("wint4", "wint8")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -23,8 +24,9 @@ class EngineOptions:
     `block_size`: tokens a cache block holds. The cache's size is `num_kv_blocks` blocks or `kv_cache_memory` bytes or,
     with neither, what `tern.engine.cache_size` takes from free memory. `enable_prefix_caching` reuses the blocks of
     prompts that begin alike. `max_queue`: requests that may wait before new ones are refused; None never refuses.
-    `dtype` and `device` are those of the loaded model. `check_integrity_when_idle` verifies the engine's books each
-    time it runs out of work.
+    `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in 4 or 8
+    bits ("wint4", "wint8"); None keeps them as they are stored. `check_integrity_when_idle` verifies the engine's books
+    each time it runs out of work.
 
     Raises `OptionError` that names the option, the value and the limit.
     """
@@ -39,6 +41,7 @@ class EngineOptions:
     max_queue: int | None = 1024
     dtype: str = "auto"
     device: str = "auto"
+    quantization: str | None = None
     check_integrity_when_idle: bool = False
 
     def __post_init__(self) -> None:
@@ -64,6 +67,8 @@ class EngineOptions:
             )
         if self.dtype not in DTYPES:
             raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise OptionError(f"quantization is {self.quantization!r}: it must be one of {', '.join(QUANTIZATIONS)}.")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
 

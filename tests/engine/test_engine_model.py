@@ -11,6 +11,7 @@ import torch
 from engine_fakes import add, run
 
 from tern.checkpoint import GenerationConfig, ModelSource
+from tern.checkpoint.quantisation import pack_parameter, pack_tied_head
 from tern.engine import Engine, EngineOptions, FinishReason
 from tern.errors import OptionError
 from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, float32_parameters, parameter_shapes
@@ -59,7 +60,10 @@ PROMPTS = [
 
 @lru_cache
 def network(architecture: str) -> ErnieModel:
-    """A network of random weights, large enough for answers that vary; float32 unless the name ends in bf16."""
+    """A network of random weights, large enough for answers that vary; float32 unless the name ends in bf16.
+
+    With "wint4" in the name, its weights are packed.
+    """
     moe = architecture.startswith("moe")
     config = ErnieConfig.from_dict(
         {**SMALL, "model_type": "ernie4_5_moe", **EXPERTS} if moe else {**SMALL, "model_type": "ernie4_5"}
@@ -79,6 +83,10 @@ def network(architecture: str) -> ErnieModel:
     if architecture.endswith("bf16"):
         wide = float32_parameters(config)
         tensors = {name: value if name in wide else value.bfloat16() for name, value in tensors.items()}
+    if "wint4" in architecture:
+        packed = {name: pack_parameter(name, value, "wint4") for name, value in tensors.items()}
+        pack_tied_head(packed, config, "wint4")
+        return ErnieModel(config, packed)
     return ErnieModel(config, tensors)
 
 
@@ -112,7 +120,7 @@ def build(architecture: str, **options: Any) -> Engine:
     return Engine(network(architecture), {EOS}, EngineOptions.from_keywords(**values))
 
 
-@pytest.mark.parametrize("architecture", ["dense", "moe", "moe bf16"])
+@pytest.mark.parametrize("architecture", ["dense", "moe", "moe bf16", "moe wint4", "moe wint4 bf16"])
 @pytest.mark.parametrize(
     "options",
     [
