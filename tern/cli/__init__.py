@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from tern.cli import chat, generate, serve
+from tern.cli import bench, chat, doctor, generate, quantize, serve
 from tern.cli.flags import with_dashes, without_ignored
 from tern.errors import InvalidRequestError, OptionError, TernError
 
@@ -27,6 +27,9 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
+app.command("quantize")(quantize.quantize)
+app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(wanted: bool) -> None:
