@@ -258,7 +258,7 @@ def test_leaving_stops_the_work_within_one_step(real: RealServer, place: str, st
     real.wait_idle()
     assert real.steps.arrived == before, "the step under way was the last"
     assert (real.engine.stats().generated_tokens > 0) == (place == "decode")
-    assert real.live.chat(max_tokens=3)["choices"][0]["finish_reason"] == "length"
+    assert real.live.chat(max_tokens=3, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
 
 
 def test_leaving_while_queued(real: RealServer) -> None:
@@ -277,7 +277,7 @@ def test_leaving_while_queued(real: RealServer) -> None:
         connection.close()
     real.wait_idle()
     assert real.engine.stats().generated_tokens == 2 * 3
-    assert real.live.chat(max_tokens=3)["choices"][0]["finish_reason"] == "length"
+    assert real.live.chat(max_tokens=3, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
 
 
 def test_a_network_with_more_ids_than_its_tokenizer(tmp_path: Path) -> None:
