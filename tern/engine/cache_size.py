@@ -16,6 +16,7 @@ from tern.model.config import ErnieConfig
 
 DEFAULT_FULL_SEQUENCES = 4  # what the cache holds by default, where memory allows: many short chats, or four long ones
 FREE_MEMORY_SHARE = 0.5
+MOST_MEMORY_SHARE = 0.9  # taken by default where one full-length sequence needs more than that
 _CGROUP = "/sys/fs/cgroup"
 
 
@@ -54,7 +55,8 @@ def resolve_num_blocks(
     else:
         affordable = int(free_bytes * FREE_MEMORY_SHARE) // block_bytes
         wanted = needed * min(DEFAULT_FULL_SEQUENCES, options.max_num_seqs)
-        blocks, source = min(wanted, affordable), f"{FREE_MEMORY_SHARE:.0%} of the free memory"
+        most = int(free_bytes * MOST_MEMORY_SHARE) // block_bytes
+        blocks, source = min(wanted, max(affordable, min(needed, most))), f"{MOST_MEMORY_SHARE:.0%} of the free memory"
     if blocks * block_bytes > free_bytes:
         raise OptionError(
             f"{source} asks for a cache of {blocks} blocks ({_megabytes(blocks * block_bytes)}), but only "

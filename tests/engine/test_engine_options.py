@@ -51,13 +51,15 @@ def test_the_defaults_hold_full_sequences_and_stay_within_a_share_of_memory() ->
     assert blocks(10**12) == 4 * 63
     assert blocks(10**12, max_num_seqs=2) == 2 * 63
     assert blocks(2 * 100 * per_block) == 100
+    assert blocks(100 * per_block) == 63  # a full sequence takes more than the usual share
+    assert blocks(71 * per_block) == 63
     assert blocks(70 * per_block, num_kv_blocks=70) == 70
     assert blocks(70 * per_block, kv_cache_memory=70 * per_block + 1) == 70
     for options in ({"num_kv_blocks": 71}, {"kv_cache_memory": 71 * per_block}):
         with pytest.raises(OptionError, match=r"asks for a cache of 71 blocks .* ask for at most 70 blocks"):
             blocks(70 * per_block, **options)
-    with pytest.raises(OptionError, match=r"1000 tokens needs 63 cache blocks .* free memory gives 40 .*at most 640"):
-        blocks(2 * 40 * per_block)
+    with pytest.raises(OptionError, match=r"1000 tokens needs 63 cache blocks .* free memory gives 54 .*at most 864"):
+        blocks(60 * per_block)
     with pytest.raises(OptionError, match="num_kv_blocks gives 62"):
         blocks(10**12, num_kv_blocks=62)
     with pytest.raises(OptionError, match=r"kv_cache_memory gives 0 \(0 MB\): give the cache more memory"):
