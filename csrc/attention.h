@@ -11,6 +11,7 @@ namespace tern {
 constexpr int kTile = 256;          // positions visited at once; tiles start at multiples of it
 constexpr int kSplit = 4 * kTile;   // positions whose tiles are joined before they join the others
 constexpr int kKeyUnitBytes = 4;
+constexpr int kLineBytes = 64;      // of a cache line
 
 // Query rows of one key/value head, and up to kTile positions of the cache that each sees from the first on.
 struct AttentionTile {

@@ -29,10 +29,19 @@ inline const char* key_group(const AttentionTile& t, std::int64_t position, char
     return together;
 }
 
-// Products of ROWS queries with GROUPS groups of 16 keys.
+// Where the keys of 16 positions and their values lie, if that is in one block; else any place that may be read.
+inline void place_of(const AttentionTile& t, std::int64_t position, const char*& keys, const char*& values) {
+    const std::int64_t place = smaller(t.first_offset + position, t.first_offset + t.count - 1);
+    const std::int64_t block = place / t.block_size, offset = place % t.block_size;
+    keys = static_cast<const char*>(t.keys[block]) + offset * kKeyUnitBytes;
+    values = static_cast<const char*>(t.values[block]) + offset * t.head_dim * t.element_bytes;
+}
+
+// Products of ROWS queries with GROUPS groups of 16 keys. Beside each pair of numbers that is multiplied, a line of the
+// keys after these and one of the values of these is asked for: `ahead` and `values` point to them.
 template <int ROWS, int GROUPS>
 inline void score(const AttentionTile& t, std::int64_t row, const char* const* keys, const std::int64_t* strides,
-                  float* scores) {
+                  const char* const* ahead, const char* const* values, float* scores) {
     Floats sum[ROWS][GROUPS];
     for (int r = 0; r < ROWS; ++r)
         for (int g = 0; g < GROUPS; ++g) sum[r][g] = zero();
@@ -40,7 +49,13 @@ inline void score(const AttentionTile& t, std::int64_t row, const char* const* k
     if (t.element_bytes == 2) {
         for (std::int64_t d = 0; d < t.head_dim; d += 2) {
             Floats even[GROUPS], odd[GROUPS];
-            for (int g = 0; g < GROUPS; ++g) even_odd(keys[g] + d / 2 * strides[g], even[g], odd[g]);
+            for (int g = 0; g < GROUPS; ++g) {
+                even_odd(keys[g] + d / 2 * strides[g], even[g], odd[g]);
+                if (row == 0) {
+                    __builtin_prefetch(ahead[g] + d / 2 * strides[g]);
+                    __builtin_prefetch(values[g] + d / 2 * kLineBytes, 0, 2);
+                }
+            }
             for (int r = 0; r < ROWS; ++r)
                 for (int g = 0; g < GROUPS; ++g) {
                     sum[r][g] = times_plus(even[g], q[r * t.head_dim + d], sum[r][g]);
@@ -61,25 +76,28 @@ inline void score(const AttentionTile& t, std::int64_t row, const char* const* k
 
 template <int ROWS, int GROUPS>
 inline void score_rest(const AttentionTile& t, std::int64_t row, const char* const* keys, const std::int64_t* strides,
-                       float* scores) {
+                       const char* const* ahead, const char* const* values, float* scores) {
     if constexpr (ROWS > 0) {
         if (t.rows - row == ROWS)
-            score<ROWS, GROUPS>(t, row, keys, strides, scores);
+            score<ROWS, GROUPS>(t, row, keys, strides, ahead, values, scores);
         else
-            score_rest<ROWS - 1, GROUPS>(t, row, keys, strides, scores);
+            score_rest<ROWS - 1, GROUPS>(t, row, keys, strides, ahead, values, scores);
     }
 }
 
 template <int GROUPS>
 inline void score_groups(const AttentionTile& t, std::int64_t position, char* together, float* scores) {
-    const char* keys[GROUPS];
+    const char *keys[GROUPS], *ahead[GROUPS], *values[GROUPS], *unused;
     std::int64_t strides[GROUPS];
-    for (int g = 0; g < GROUPS; ++g)
+    for (int g = 0; g < GROUPS; ++g) {
         keys[g] = key_group(t, position + g * kPanel, together + g * kPanel * t.head_dim * t.element_bytes, strides[g]);
+        place_of(t, position + g * kPanel, unused, values[g]);
+        place_of(t, position + (GROUPS + g) * kPanel, ahead[g], unused);
+    }
     std::int64_t row = 0;
     for (; row + kAttendRows <= t.rows; row += kAttendRows)
-        score<kAttendRows, GROUPS>(t, row, keys, strides, scores + position);
-    score_rest<kAttendRows - 1, GROUPS>(t, row, keys, strides, scores + position);
+        score<kAttendRows, GROUPS>(t, row, keys, strides, ahead, values, scores + position);
+    score_rest<kAttendRows - 1, GROUPS>(t, row, keys, strides, ahead, values, scores + position);
 }
 
 // scores [kTile] of the first `visible` positions -> their weights e^(score - highest), zeros up to `count`.
