@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 
 from tern import ops
-from tern.errors import OptionError
+from tern.errors import CheckpointError, OptionError
 from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 
 QUANTIZATIONS = {"wint4": 4, "wint8": 8}
@@ -49,9 +49,18 @@ def packed_parts(name: str) -> int:
 
 
 def pack_parameter(name: str, tensor: torch.Tensor, quantization: str) -> ops.Weight:
-    """The parameter as the network keeps it: packed, or the tensor itself."""
+    """The parameter as the network keeps it: packed, or the tensor itself.
+
+    Raises `CheckpointError` for a weight that holds NaN or an infinity, which no scale could make finite.
+    """
     bits = packed_bits(name, quantization)
-    return tensor if bits is None else ops.pack(tensor, bits, packed_parts(name))
+    if bits is None:
+        return tensor
+    if not tensor.isfinite().all():
+        raise CheckpointError(
+            f"{name} holds values that are not finite and cannot be packed: get the checkpoint again."
+        )
+    return ops.pack(tensor, bits, packed_parts(name))
 
 
 def pack_tied_head(tensors: dict[str, ops.Weight], config: ErnieConfig, quantization: str) -> None:

@@ -8,9 +8,9 @@ from test_layouts import logits
 
 from tern import ops
 from tern.checkpoint import PRESETS, load_model, load_tensors, resolve_model
-from tern.checkpoint.quantisation import QUANTIZATIONS
+from tern.checkpoint.quantisation import QUANTIZATIONS, pack_parameter
 from tern.engine import EngineOptions
-from tern.errors import OptionError
+from tern.errors import CheckpointError, OptionError
 from tern.model import parameter_shapes
 
 
@@ -82,3 +82,12 @@ def test_what_cannot_be_packed_is_said() -> None:
         load_tensors(resolve_model("dummy:tiny"), quantization="wint4", device="cuda")
     with pytest.raises(OptionError, match="quantization is 'int4'"):
         EngineOptions(quantization="int4")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named_and_not_packed(value: float) -> None:
+    weight = torch.ones(4, 16, 32)
+    weight[2, 3, 5] = value
+    with pytest.raises(CheckpointError, match=r"layers\.1\.moe\.down holds values that are not finite"):
+        pack_parameter("layers.1.moe.down", weight, "wint4")
+    assert pack_parameter("layers.1.attn_norm", weight[2, 3], "wint4") is not None
