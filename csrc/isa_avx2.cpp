@@ -25,28 +25,13 @@ inline __m256i add_products(__m256i sum, __m256i weights, __m256i quads) {
 
 bool runs_on(const CpuFeatures& cpu) { return cpu.avx2; }
 
+#include "kernel_table.inl"
+
 }  // namespace
 }  // namespace tern::avx2
 
 namespace tern {
 
-const Kernels kAvx2{"avx2",
-                    "256-bit vectors: Haswell, Zen 1 and later",
-                    avx2::runs_on,
-                    avx2::quantise_row,
-                    avx2::multiply,
-                    avx2::silu_mul,
-                    avx2::add_scaled,
-                    avx2::widen,
-                    avx2::narrow,
-                    avx2::dot,
-                    avx2::inverse_norm,
-                    avx2::rotate,
-                    avx2::exponentials,
-                    avx2::attend_tile,
-                    avx2::join,
-                    avx2::read,
-                    avx2::peak,
-                    avx2::pack_panel};
+constexpr Kernels kAvx2 = avx2::kernel_table("avx2", "256-bit vectors: Haswell, Zen 1 and later");
 
 }  // namespace tern

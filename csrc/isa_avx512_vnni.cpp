@@ -73,28 +73,14 @@ inline void store(float* p, Floats floats) { _mm512_storeu_ps(p, floats); }
 
 bool runs_on(const CpuFeatures& cpu) { return cpu.avx512_vnni; }
 
+#include "kernel_table.inl"
+
 }  // namespace
 }  // namespace tern::avx512_vnni
 
 namespace tern {
 
-const Kernels kAvx512Vnni{"avx512-vnni",
-                          "512-bit vectors with byte products: Cascade Lake, Ice Lake, Zen 4 and later",
-                          avx512_vnni::runs_on,
-                          avx512_vnni::quantise_row,
-                          avx512_vnni::multiply,
-                          avx512_vnni::silu_mul,
-                          avx512_vnni::add_scaled,
-                          avx512_vnni::widen,
-                          avx512_vnni::narrow,
-                          avx512_vnni::dot,
-                          avx512_vnni::inverse_norm,
-                          avx512_vnni::rotate,
-                          avx512_vnni::exponentials,
-                          avx512_vnni::attend_tile,
-                          avx512_vnni::join,
-                          avx512_vnni::read,
-                          avx512_vnni::peak,
-                          avx512_vnni::pack_panel};
+constexpr Kernels kAvx512Vnni =
+    avx512_vnni::kernel_table("avx512-vnni", "512-bit vectors with byte products: Cascade Lake, Ice Lake, Zen 4 and later");
 
 }  // namespace tern

@@ -21,28 +21,14 @@ inline __m256i add_small_products(__m256i sum, __m256i weights, __m256i quads) {
 
 bool runs_on(const CpuFeatures& cpu) { return cpu.avx_vnni; }
 
+#include "kernel_table.inl"
+
 }  // namespace
 }  // namespace tern::avx_vnni
 
 namespace tern {
 
-const Kernels kAvxVnni{"avx-vnni",
-                       "256-bit vectors with byte products: Alder Lake, Zen 5 and later",
-                       avx_vnni::runs_on,
-                       avx_vnni::quantise_row,
-                       avx_vnni::multiply,
-                       avx_vnni::silu_mul,
-                       avx_vnni::add_scaled,
-                       avx_vnni::widen,
-                       avx_vnni::narrow,
-                       avx_vnni::dot,
-                       avx_vnni::inverse_norm,
-                       avx_vnni::rotate,
-                       avx_vnni::exponentials,
-                       avx_vnni::attend_tile,
-                       avx_vnni::join,
-                       avx_vnni::read,
-                       avx_vnni::peak,
-                       avx_vnni::pack_panel};
+constexpr Kernels kAvxVnni =
+    avx_vnni::kernel_table("avx-vnni", "256-bit vectors with byte products: Alder Lake, Zen 5 and later");
 
 }  // namespace tern

@@ -132,28 +132,13 @@ inline void store(float* p, const Floats& floats) { __builtin_memcpy(p, floats.v
 
 bool runs_on(const CpuFeatures&) { return true; }
 
+#include "kernel_table.inl"
+
 }  // namespace
 }  // namespace tern::portable
 
 namespace tern {
 
-const Kernels kPortable{"portable",
-                        "plain C++, any processor",
-                        portable::runs_on,
-                        portable::quantise_row,
-                        portable::multiply,
-                        portable::silu_mul,
-                        portable::add_scaled,
-                        portable::widen,
-                        portable::narrow,
-                        portable::dot,
-                        portable::inverse_norm,
-                        portable::rotate,
-                        portable::exponentials,
-                        portable::attend_tile,
-                        portable::join,
-                        portable::read,
-                        portable::peak,
-                        portable::pack_panel};
+constexpr Kernels kPortable = portable::kernel_table("portable", "plain C++, any processor");
 
 }  // namespace tern
