@@ -6,6 +6,8 @@
 //            twice
 //   kAttendRows, kScoreGroups, kMixVectors: tiles whose accumulators fit the registers
 //
+// attention_bytes.inl, which has the products with int8 keys and values, stands before it.
+//
 // A row's numbers come out alike whichever rows stand beside it.
 
 // The keys of 16 positions from `position` on, for one head: units of 4 bytes, [head_dim / unit] x stride bytes.
@@ -16,7 +18,7 @@ inline const char* key_group(const AttentionTile& t, std::int64_t position, char
         stride = t.block_size * kKeyUnitBytes;
         return static_cast<const char*>(t.keys[place / t.block_size]) + offset * kKeyUnitBytes;
     }
-    const std::int64_t units = t.head_dim * t.element_bytes / kKeyUnitBytes;
+    const std::int64_t units = t.row_bytes() / kKeyUnitBytes;
     const std::int64_t count = smaller(kPanel, t.count - position);
     stride = kPanel * kKeyUnitBytes;
     for (std::int64_t i = 0; i < kPanel; ++i) {
@@ -34,7 +36,7 @@ inline void place_of(const AttentionTile& t, std::int64_t position, const char*&
     const std::int64_t place = smaller(t.first_offset + position, t.first_offset + t.count - 1);
     const std::int64_t block = place / t.block_size, offset = place % t.block_size;
     keys = static_cast<const char*>(t.keys[block]) + offset * kKeyUnitBytes;
-    values = static_cast<const char*>(t.values[block]) + offset * t.head_dim * t.element_bytes;
+    values = static_cast<const char*>(t.values[block]) + offset * t.row_bytes();
 }
 
 // Products of ROWS queries with GROUPS groups of 16 keys. Beside each pair of numbers that is multiplied, a line of the
@@ -75,11 +77,20 @@ inline void score(const AttentionTile& t, std::int64_t row, const char* const* k
 }
 
 template <int ROWS, int GROUPS>
+inline void score_any(const AttentionTile& t, std::int64_t row, const char* const* keys, const std::int64_t* strides,
+                      const char* const* ahead, const char* const* values, float* scores) {
+    if (t.element_bytes == 1)
+        score_bytes<ROWS, GROUPS>(t, row, keys, strides, ahead, values, scores);
+    else
+        score<ROWS, GROUPS>(t, row, keys, strides, ahead, values, scores);
+}
+
+template <int ROWS, int GROUPS>
 inline void score_rest(const AttentionTile& t, std::int64_t row, const char* const* keys, const std::int64_t* strides,
                        const char* const* ahead, const char* const* values, float* scores) {
     if constexpr (ROWS > 0) {
         if (t.rows - row == ROWS)
-            score<ROWS, GROUPS>(t, row, keys, strides, ahead, values, scores);
+            score_any<ROWS, GROUPS>(t, row, keys, strides, ahead, values, scores);
         else
             score_rest<ROWS - 1, GROUPS>(t, row, keys, strides, ahead, values, scores);
     }
@@ -90,20 +101,32 @@ inline void score_groups(const AttentionTile& t, std::int64_t position, char* to
     const char *keys[GROUPS], *ahead[GROUPS], *values[GROUPS], *unused;
     std::int64_t strides[GROUPS];
     for (int g = 0; g < GROUPS; ++g) {
-        keys[g] = key_group(t, position + g * kPanel, together + g * kPanel * t.head_dim * t.element_bytes, strides[g]);
+        keys[g] = key_group(t, position + g * kPanel, together + g * kPanel * t.row_bytes(), strides[g]);
         place_of(t, position + g * kPanel, unused, values[g]);
         place_of(t, position + (GROUPS + g) * kPanel, ahead[g], unused);
     }
     std::int64_t row = 0;
     for (; row + kAttendRows <= t.rows; row += kAttendRows)
-        score<kAttendRows, GROUPS>(t, row, keys, strides, ahead, values, scores + position);
+        score_any<kAttendRows, GROUPS>(t, row, keys, strides, ahead, values, scores + position);
     score_rest<kAttendRows - 1, GROUPS>(t, row, keys, strides, ahead, values, scores + position);
+}
+
+// The largest of at least one number; NaN counts for nothing unless it stands first.
+inline float largest_of(const float* x, std::int64_t count) {
+    float lanes[kPanel];
+    for (int lane = 0; lane < kPanel; ++lane) lanes[lane] = x[0];
+    std::int64_t i = 0;
+    for (; i + kPanel <= count; i += kPanel)
+        for (int lane = 0; lane < kPanel; ++lane) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+    for (; i < count; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    float largest = lanes[0];
+    for (int lane = 1; lane < kPanel; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    return largest;
 }
 
 // scores [kTile] of the first `visible` positions -> their weights e^(score - highest), zeros up to `count`.
 inline void weigh(float* scores, std::int64_t visible, std::int64_t count, float& highest, float& total) {
-    float largest = scores[0];
-    for (std::int64_t i = 1; i < visible; ++i) largest = scores[i] > largest ? scores[i] : largest;
+    const float largest = largest_of(scores, visible);
     for (std::int64_t i = 0; i < visible; ++i) scores[i] -= largest;
     total = exponentials(scores, visible);
     for (std::int64_t i = visible; i < count; ++i) scores[i] = 0.0f;
@@ -121,8 +144,8 @@ inline void mix(const AttentionTile& t, std::int64_t row, std::int64_t column, c
     for (std::int64_t position = 0; position < t.count; ++block, offset = 0) {
         const std::int64_t end = smaller(t.count, position + t.block_size - offset);
         const char* values =
-            static_cast<const char*>(t.values[block]) + (offset * t.head_dim + column) * t.element_bytes;
-        for (; position < end; ++position, values += t.head_dim * t.element_bytes) {
+            static_cast<const char*>(t.values[block]) + offset * t.row_bytes() + column * t.element_bytes;
+        for (; position < end; ++position, values += t.row_bytes()) {
             Floats value[VECTORS];
             for (int v = 0; v < VECTORS; ++v) {
                 const char* p = values + v * kPanel * t.element_bytes;
@@ -139,10 +162,18 @@ inline void mix(const AttentionTile& t, std::int64_t row, std::int64_t column, c
 }
 
 template <int ROWS, int VECTORS>
+inline void mix_any(const AttentionTile& t, std::int64_t row, std::int64_t column, const float* weights, float* mixed) {
+    if (t.element_bytes == 1)
+        mix_bytes<ROWS, VECTORS>(t, row, column, mixed);
+    else
+        mix<ROWS, VECTORS>(t, row, column, weights, mixed);
+}
+
+template <int ROWS, int VECTORS>
 inline void mix_rest(const AttentionTile& t, std::int64_t row, std::int64_t column, const float* weights, float* mixed) {
     if constexpr (ROWS > 0) {
         if (t.rows - row == ROWS)
-            mix<ROWS, VECTORS>(t, row, column, weights, mixed);
+            mix_any<ROWS, VECTORS>(t, row, column, weights, mixed);
         else
             mix_rest<ROWS - 1, VECTORS>(t, row, column, weights, mixed);
     }
@@ -151,7 +182,7 @@ inline void mix_rest(const AttentionTile& t, std::int64_t row, std::int64_t colu
 template <int VECTORS>
 inline void mix_columns(const AttentionTile& t, std::int64_t column, const float* weights, float* mixed) {
     std::int64_t row = 0;
-    for (; row + kAttendRows <= t.rows; row += kAttendRows) mix<kAttendRows, VECTORS>(t, row, column, weights, mixed);
+    for (; row + kAttendRows <= t.rows; row += kAttendRows) mix_any<kAttendRows, VECTORS>(t, row, column, weights, mixed);
     mix_rest<kAttendRows - 1, VECTORS>(t, row, column, weights, mixed);
 }
 
@@ -162,6 +193,7 @@ void attend_tile(const AttentionTile& t, float* scores, char* together, float* h
     for (; position < t.count; position += kPanel) score_groups<1>(t, position, together, scores);
     for (std::int64_t row = 0; row < t.rows; ++row)
         weigh(scores + row * kTile, t.visible[row], t.count, highest[row], total[row]);
+    if (t.element_bytes == 1) quantise_weights(t, scores);
     std::int64_t column = 0;
     for (; column + kMixVectors * kPanel <= t.head_dim; column += kMixVectors * kPanel)
         mix_columns<kMixVectors>(t, column, scores, mixed);

@@ -23,6 +23,10 @@ inline Bytes low_nibbles(const Bytes& both) { return {low_nibbles(both.a), low_n
 inline Bytes high_nibbles(const Bytes& both) {
     return {low_nibbles(_mm256_srli_epi16(both.a, 4)), low_nibbles(_mm256_srli_epi16(both.b, 4))};
 }
+inline Bytes flip_signs(const Bytes& bytes) {
+    const __m256i top = _mm256_set1_epi8(char(0x80));
+    return {_mm256_xor_si256(bytes.a, top), _mm256_xor_si256(bytes.b, top)};
+}
 inline Lanes all(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Lanes operator+(const Lanes& x, const Lanes& y) {
     return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};

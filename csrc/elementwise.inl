@@ -7,30 +7,45 @@
 
 inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// The largest magnitude of a span becomes 127, halves are rounded to even. A span of nothing above kSmallest becomes
-// zeros, one that holds NaN or an infinity becomes NaN. Magnitudes are compared as integers: their order is the same.
+// How numbers become integers from -levels to levels, the largest magnitude the last one: x * inverse, and scale times
+// that is x again. Numbers of which none is above kSmallest all become zero, those among which is NaN or an infinity get
+// a scale of NaN. Magnitudes are compared as integers: their order is the same.
+struct Step {
+    float scale, inverse;
+};
+inline Step step_of(const float* x, std::int64_t count, float levels) {
+    constexpr std::uint32_t infinity = 0x7f800000;
+    std::uint32_t bits = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        std::uint32_t magnitude;
+        __builtin_memcpy(&magnitude, x + i, sizeof magnitude);
+        magnitude &= 0x7fffffff;
+        bits = magnitude > bits ? magnitude : bits;
+    }
+    float largest;
+    __builtin_memcpy(&largest, &bits, sizeof largest);
+    if (bits >= infinity) return {__builtin_nanf(""), 0.0f};
+    if (!(largest > kSmallest)) return {0.0f, 0.0f};
+    return {largest / levels, levels / largest};
+}
+
+// Halves are rounded to even; where there is no number to be had, nothing.
+inline std::int32_t rounded(float x, const Step& step) {
+    const float scaled = x * step.inverse;
+    return std::int32_t(__builtin_rintf(scaled == scaled ? scaled : 0.0f));
+}
+
 void quantise_row(const float* row, std::int64_t depth, std::int8_t* values, float* scales, std::int32_t* group_sums,
                   std::int32_t* span_sums) {
-    constexpr std::uint32_t infinity = 0x7f800000;
     for (std::int64_t span = 0; span < spans(depth); ++span) {
         const std::int64_t begin = span * kSpan, end = smaller(depth, begin + kSpan);
-        std::uint32_t bits = 0;
-        for (std::int64_t k = begin; k < end; ++k) {
-            std::uint32_t magnitude;
-            __builtin_memcpy(&magnitude, row + k, sizeof magnitude);
-            magnitude &= 0x7fffffff;
-            bits = magnitude > bits ? magnitude : bits;
-        }
-        float largest;
-        __builtin_memcpy(&largest, &bits, sizeof largest);
-        const bool finite = bits < infinity;
-        const float inverse = finite && largest > kSmallest ? 127.0f / largest : 0.0f;
-        scales[span] = !finite ? __builtin_nanf("") : largest > kSmallest ? largest / 127.0f : 0.0f;
+        const Step step = step_of(row + begin, end - begin, 127.0f);
+        scales[span] = step.scale;
         std::int32_t span_sum = 0;
         for (std::int64_t group = begin; group < end; group += kGroup) {
             std::int32_t sum = 0;
             for (std::int64_t k = group; k < group + kGroup; ++k) {
-                const std::int32_t value = finite ? std::int32_t(__builtin_rintf(row[k] * inverse)) : 0;
+                const std::int32_t value = rounded(row[k], step);
                 values[k] = std::int8_t(value);
                 sum += value;
             }
@@ -39,6 +54,29 @@ void quantise_row(const float* row, std::int64_t depth, std::int8_t* values, flo
         }
         span_sums[span] = span_sum;
     }
+}
+
+float quantise_head(const float* x, std::int64_t count, std::int8_t* values) {
+    const Step step = step_of(x, count, 127.0f);
+    for (std::int64_t i = 0; i < count; ++i) values[i] = std::int8_t(rounded(x[i], step));
+    return step.scale;
+}
+
+// To 15 bits, in two halves.
+void quantise_finely(const float* x, std::int64_t count, const RowIntegers& into) {
+    const Step step = step_of(x, count, float(kFineLevels));
+    std::int8_t *__restrict highs = into.halves[0], *__restrict lows = into.halves[1];
+    std::int32_t high_sum = 0, low_sum = 0;
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::int32_t value = rounded(x[i], step), high = (value + 128) >> 8;
+        highs[i] = std::int8_t(high);
+        lows[i] = std::int8_t(value - high * 256);
+        high_sum += high;
+        low_sum += value - high * 256;
+    }
+    *into.sums[0] = high_sum;
+    *into.sums[1] = low_sum;
+    *into.scales = step.scale;
 }
 
 // e^x for x <= 0 by Cody and Waite's reduction and a polynomial of degree 6: relative error below 3e-7. Every operation

@@ -18,6 +18,7 @@ struct Lanes {
 inline Bytes load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Bytes low_nibbles(Bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes both) { return low_nibbles(_mm512_srli_epi16(both, 4)); }
+inline Bytes flip_signs(Bytes bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80))); }
 inline Lanes all(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
@@ -68,6 +69,7 @@ inline void store(float* p, Floats floats) { _mm512_storeu_ps(p, floats); }
 
 #include "elementwise.inl"
 #include "multiply.inl"
+#include "attention_bytes.inl"
 #include "attention.inl"
 #include "pack.inl"
 

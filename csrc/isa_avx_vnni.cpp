@@ -16,6 +16,7 @@ inline __m256i add_small_products(__m256i sum, __m256i weights, __m256i quads) {
 #include "avx2.inl"
 #include "elementwise.inl"
 #include "multiply.inl"
+#include "attention_bytes.inl"
 #include "attention.inl"
 #include "pack.inl"
 

@@ -32,6 +32,11 @@ inline Bytes high_nibbles(const Bytes& both) {
     for (int i = 0; i < kPanel * kQuad; ++i) high.b[i] = both.b[i] >> 4;
     return high;
 }
+inline Bytes flip_signs(const Bytes& bytes) {
+    Bytes flipped;
+    for (int i = 0; i < kPanel * kQuad; ++i) flipped.b[i] = bytes.b[i] ^ 0x80;
+    return flipped;
+}
 inline Lanes all(std::int32_t x) {
     Lanes lanes;
     for (int i = 0; i < kPanel; ++i) lanes.v[i] = x;
@@ -127,6 +132,7 @@ inline void store(float* p, const Floats& floats) { __builtin_memcpy(p, floats.v
 
 #include "elementwise.inl"
 #include "multiply.inl"
+#include "attention_bytes.inl"
 #include "attention.inl"
 #include "pack.inl"
 

@@ -2,6 +2,6 @@
 // nothing of an instruction set may run before the processor has been asked for it.
 
 constexpr Kernels kernel_table(const char* name, const char* description) {
-    return {name, description, runs_on, quantise_row, multiply, silu_mul, add_scaled, widen, narrow, dot, inverse_norm,
-            rotate, exponentials, attend_tile, join, read, peak, pack_panel};
+    return {name, description, runs_on, quantise_row, quantise_head, quantise_finely, multiply, silu_mul, add_scaled, widen,
+            narrow, dot, inverse_norm, rotate, exponentials, attend_tile, join, read, peak, pack_panel};
 }

@@ -20,6 +20,11 @@ struct Kernels {
     void (*quantise_row)(const float* row, std::int64_t depth, std::int8_t* values, float* scales,
                          std::int32_t* group_sums, std::int32_t* span_sums);
 
+    // Quantise a head's key or value to `values`; the scale is returned. And numbers that are multiplied with such to one
+    // row of integers.
+    float (*quantise_head)(const float* x, std::int64_t count, std::int8_t* values);
+    void (*quantise_finely)(const float* x, std::int64_t count, const RowIntegers& into);
+
     // All rows of the activations times panels [first_panel, last_panel) of the weight -> output, whose first column is
     // that of the first panel and whose rows are `stride` floats apart. `scratch` holds scratch_bytes(depth).
     void (*multiply)(const Activations&, const PackedWeight&, std::int64_t first_panel, std::int64_t last_panel,

@@ -52,6 +52,12 @@ void ActivationBuffer::copy_row(std::int64_t row, const ActivationBuffer& from, 
     copy(span_sums_, from.span_sums_, spans(depth));
 }
 
+RowIntegers IntegerBuffer::of(std::int64_t rows, std::int64_t width) {
+    std::int8_t* both_halves = halves.of(2 * rows * width);
+    std::int32_t* both_sums = sums.of(2 * rows);
+    return {{both_halves, both_halves + rows * width}, {both_sums, both_sums + rows}, scales.of(rows)};
+}
+
 // Some rows of a step through one SwiGLU: row r is token tokens[r] (or r itself) and counts weights[r] (or 1).
 struct Machine::Task {
     SwiGLU layer;
@@ -328,12 +334,11 @@ void Machine::route(const Rows& x, const float* router, const float* bias, std::
 
 void Machine::rotate_and_store(const Rows& qkv, const float* cosines, const float* sines, const std::int64_t* slots,
                                const Cache& cache, const Rows& queries) {
-    const std::int64_t width = cache.head_dim, heads = queries.width / width, units = width * cache.element_bytes / kKeyUnitBytes;
+    const std::int64_t width = cache.head_dim, heads = queries.width / width;
     pool_.run(pieces(qkv.count, kRowsAPiece), [&](int thread, std::int64_t piece) {
         Thread& memory = memory_[thread];
         float* buffer = memory.row.of(qkv.width);
         float* turned = memory.other_row.of(width);
-        char* narrow = reinterpret_cast<char*>(memory.narrow.of(2 * width));
         const std::int64_t last = std::min(qkv.count, (piece + 1) * kRowsAPiece);
         for (std::int64_t row = piece * kRowsAPiece; row < last; ++row) {
             const float* input = load(qkv, row, 0, qkv.width, buffer);
@@ -343,24 +348,47 @@ void Machine::rotate_and_store(const Rows& qkv, const float* cosines, const floa
                 store(turned, width, queries, row, head * width);
             }
             const std::int64_t block = slots[row] / cache.block_size, offset = slots[row] % cache.block_size;
-            const auto element = [&](const float* floats) -> const char* {
-                if (cache.element_bytes == 4) return reinterpret_cast<const char*>(floats);
-                kernels_.narrow(floats, width, reinterpret_cast<std::uint16_t*>(narrow));
-                return narrow;
-            };
             for (std::int64_t head = 0; head < cache.kv_heads; ++head) {
                 const std::int64_t place = (block * cache.kv_heads + head) * cache.head_bytes();
                 kernels_.rotate(input + (heads + head) * width, cos, sin, width, turned);
-                const char* key = element(turned);
-                for (std::int64_t unit = 0; unit < units; ++unit)
-                    std::memcpy(cache.keys + place + (unit * cache.block_size + offset) * kKeyUnitBytes,
-                                key + unit * kKeyUnitBytes, kKeyUnitBytes);
-                const std::int64_t row_bytes = width * cache.element_bytes;
-                std::memcpy(cache.values + place + offset * row_bytes, element(input + (heads + cache.kv_heads + head) * width),
-                            std::size_t(row_bytes));
+                round(turned, width, qkv.type, memory);
+                store_key(turned, cache, cache.keys + place, offset, memory);
+                store_value(input + (heads + cache.kv_heads + head) * width, cache, cache.values + place, offset, memory);
             }
         }
     });
+}
+
+// One token's key or value as the cache has it, the scale of int8 behind it.
+const char* Machine::encode(const float* floats, const Cache& cache, Thread& memory) {
+    if (cache.element_bytes == 4) return reinterpret_cast<const char*>(floats);
+    char* narrow = reinterpret_cast<char*>(memory.narrow.of(cache.row_bytes()));
+    if (cache.element_bytes == 2) {
+        kernels_.narrow(floats, cache.head_dim, reinterpret_cast<std::uint16_t*>(narrow));
+    } else {
+        const float scale = kernels_.quantise_head(floats, cache.head_dim, reinterpret_cast<std::int8_t*>(narrow));
+        std::memcpy(narrow + cache.head_dim, &scale, sizeof scale);
+    }
+    return narrow;
+}
+
+// `block`: one head's keys of a block, or its values.
+void Machine::store_key(const float* key, const Cache& cache, char* block, std::int64_t offset, Thread& memory) {
+    const char* bytes = encode(key, cache, memory);
+    for (std::int64_t unit = 0; unit < cache.row_bytes() / kKeyUnitBytes; ++unit)
+        std::memcpy(block + (unit * cache.block_size + offset) * kKeyUnitBytes, bytes + unit * kKeyUnitBytes, kKeyUnitBytes);
+}
+
+void Machine::store_value(const float* value, const Cache& cache, char* block, std::int64_t offset, Thread& memory) {
+    const char* bytes = encode(value, cache, memory);
+    if (cache.element_bytes > 1) {
+        std::memcpy(block + offset * cache.row_bytes(), bytes, std::size_t(cache.row_bytes()));
+        return;
+    }
+    const std::int64_t token = offset % kQuad;
+    char* quads = block + (offset - token) * cache.row_bytes();
+    for (std::int64_t d = 0; d < cache.head_dim; ++d) quads[d * kQuad + token] = bytes[d];
+    std::memcpy(quads + (cache.head_dim + token) * kQuad, bytes + cache.head_dim, sizeof(float));
 }
 
 // Query rows of one head: `tokens` tokens of a sequence from `first` on, each with the query heads that share the head.
@@ -376,6 +404,20 @@ std::int64_t state_size(std::int64_t rows, std::int64_t head_dim) { return rows 
 
 }  // namespace
 
+// The rows' queries, scaled, as the tiles of this cache take them.
+void Machine::load_queries(const Queries& q, const Rows& queries, const Cache& cache, Thread& memory) {
+    const std::int64_t width = cache.head_dim;
+    const float scale = 1.0f / std::sqrt(float(width));
+    float* all = memory.queries.of(q.rows() * width);
+    const RowIntegers integers = memory.query_integers.of(q.rows(), width);
+    for (std::int64_t row = 0; row < q.rows(); ++row, all += width) {
+        const std::int64_t head = q.kv_head * q.group + row % q.group;
+        const float* floats = load(queries, q.first + row / q.group, head * width, width, all);
+        for (std::int64_t d = 0; d < width; ++d) all[d] = floats[d] * scale;
+        if (cache.element_bytes == 1) kernels_.quantise_finely(all, width, integers.from(row, width));
+    }
+}
+
 // The rows' attention over the positions of one split, tile after tile. Rows that see none of it keep a total of 0.
 void Machine::see(const Queries& q, const Cache& cache, const Sequences& sequences, std::int64_t split, float* state,
                   Thread& memory) {
@@ -390,7 +432,7 @@ void Machine::see(const Queries& q, const Cache& cache, const Sequences& sequenc
     float* scores = memory.scores.of(rows * kTile);
     float* tile_mixed = memory.mixed.of(state_size(rows, width));
     float *tile_highest = tile_mixed + rows * width, *tile_total = tile_highest + rows;
-    char* together = reinterpret_cast<char*>(memory.scratch.of(2 * kPanel * width * cache.element_bytes));
+    char* together = reinterpret_cast<char*>(memory.scratch.of(2 * kPanel * cache.row_bytes()));
     std::int32_t* visible = memory.visible.of(rows);
     for (std::int64_t start = split * kSplit; start < (split + 1) * kSplit; start += kTile) {
         const std::int64_t skipped = std::max<std::int64_t>(0, start - position);  // tokens before the tile
@@ -407,8 +449,9 @@ void Machine::see(const Queries& q, const Cache& cache, const Sequences& sequenc
             memory.keys.push_back(cache.keys + place);
             memory.values.push_back(cache.values + place);
         }
-        const AttentionTile tile{memory.queries.of(rows * width) + first_row * width, live, visible, count,
-                                 memory.keys.data(), memory.values.data(), start - first_block * cache.block_size,
+        const AttentionTile tile{memory.queries.of(rows * width) + first_row * width,
+                                 memory.query_integers.of(rows, width).from(first_row, width),
+                                 memory.weights.of(rows, kTile), memory.value_quads.of(kTile / kQuad), live, visible, count, memory.keys.data(), memory.values.data(), start - first_block * cache.block_size,
                                  cache.block_size, width, cache.element_bytes};
         kernels_.attend_tile(tile, scores, together, tile_highest, tile_total, tile_mixed);
         for (std::int64_t row = 0; row < live; ++row)
@@ -420,7 +463,6 @@ void Machine::see(const Queries& q, const Cache& cache, const Sequences& sequenc
 void Machine::attend(const Rows& queries, const Cache& cache, const Sequences& sequences, const Rows& output) {
     const std::lock_guard turn(turn_);
     const std::int64_t width = cache.head_dim, group = queries.width / width / cache.kv_heads;
-    const float scale = 1.0f / std::sqrt(float(width));
     struct Work {
         Queries queries;
         std::int64_t split;   // or all of them: -1
@@ -450,14 +492,6 @@ void Machine::attend(const Rows& queries, const Cache& cache, const Sequences& s
     }
     float* states = states_.of(state_floats);
 
-    const auto load_queries = [&](const Queries& q, Thread& memory) {
-        float* all = memory.queries.of(q.rows() * width);
-        for (std::int64_t row = 0; row < q.rows(); ++row, all += width) {
-            const std::int64_t head = q.kv_head * group + row % group;
-            const float* floats = load(queries, q.first + row / group, head * width, width, all);
-            for (std::int64_t d = 0; d < width; ++d) all[d] = floats[d] * scale;
-        }
-    };
     const auto join_states = [&](const float* from, std::int64_t rows, float* into) {
         for (std::int64_t row = 0; row < rows; ++row)
             kernels_.join(from + row * width, from[rows * width + row], from[rows * (width + 1) + row], width,
@@ -475,7 +509,7 @@ void Machine::attend(const Rows& queries, const Cache& cache, const Sequences& s
     const auto attend_piece = [&](int thread, std::int64_t piece) {
         const Work& w = work[piece];
         Thread& memory = memory_[thread];
-        load_queries(w.queries, memory);
+        load_queries(w.queries, queries, cache, memory);
         if (w.split >= 0) {
             see(w.queries, cache, sequences, w.split, states + w.state, memory);
             return;

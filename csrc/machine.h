@@ -85,6 +85,14 @@ struct ActivationBuffer {
     friend class Machine;
 };
 
+// Memory for rows of integers.
+struct IntegerBuffer {
+    Buffer<std::int8_t> halves;
+    Buffer<std::int32_t> sums;
+    Buffer<float> scales;
+    RowIntegers of(std::int64_t rows, std::int64_t width);
+};
+
 // Calls from several threads take turns.
 class Machine {
   public:
@@ -139,6 +147,8 @@ class Machine {
         Buffer<std::uint8_t> scratch;
         Buffer<std::uint16_t> narrow;
         Buffer<std::int32_t> visible;
+        IntegerBuffer query_integers, weights;
+        Buffer<const char*> value_quads;
         std::vector<const void*> keys, values;
     };
 
@@ -149,6 +159,10 @@ class Machine {
     void round(float* row, std::int64_t count, FloatType type, Thread& memory);
     void see(const Queries& q, const Cache& cache, const Sequences& sequences, std::int64_t split, float* state,
              Thread& memory);
+    const char* encode(const float* floats, const Cache& cache, Thread& memory);
+    void store_key(const float* key, const Cache& cache, char* block, std::int64_t offset, Thread& memory);
+    void store_value(const float* value, const Cache& cache, char* block, std::int64_t offset, Thread& memory);
+    void load_queries(const Queries& q, const Rows& queries, const Cache& cache, Thread& memory);
     void store(const float* row, std::int64_t count, const Rows& output, std::int64_t at, std::int64_t column);
 
     const Kernels& kernels_;

@@ -68,8 +68,9 @@ void demand_fit(const Rows& x, const Linear& first, const Linear& last, const Ro
 
 Cache cache(Address keys, Address values, std::int64_t num_blocks, std::int64_t block_size, std::int64_t kv_heads,
             std::int64_t head_dim, std::int64_t element_bytes) {
-    demand(element_bytes == 2 || element_bytes == 4, "a cache holds bfloat16 or float32");
+    demand(element_bytes == 1 || element_bytes == 2 || element_bytes == 4, "a cache holds int8, bfloat16 or float32");
     demand(block_size > 0 && kv_heads > 0 && head_dim > 0 && head_dim % kPanel == 0, "head_dim must be a multiple of 16");
+    demand(element_bytes > 1 || block_size % kQuad == 0, "a block of int8 values must hold a multiple of 4 tokens");
     return {at<char>(keys), at<char>(values), num_blocks, block_size, kv_heads, head_dim, element_bytes};
 }
 

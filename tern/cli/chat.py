@@ -32,13 +32,21 @@ def chat(
     thinking: Annotated[bool, typer.Option(help="Think before answering.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest conversation, tokens.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
     """Talk to a model. Type /help for what can be typed beside messages."""
     from tern.cli.session import Session
 
-    session = Session(model, revision=revision, dtype=dtype, quantization=quantization, max_model_len=max_model_len)
+    session = Session(
+        model,
+        revision=revision,
+        dtype=dtype,
+        quantization=quantization,
+        max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+    )
     params = {
         "temperature": temperature,
         "top_p": top_p,

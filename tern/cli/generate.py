@@ -29,6 +29,7 @@ def generate(
     reasoning_max_tokens: Annotated[int | None, typer.Option(help="Longest thought.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
@@ -40,7 +41,14 @@ def generate(
     from tern.cli.session import Session
     from tern.cli.terminal import AnswerPrinter
 
-    session = Session(model, revision=revision, dtype=dtype, quantization=quantization, max_model_len=max_model_len)
+    session = Session(
+        model,
+        revision=revision,
+        dtype=dtype,
+        quantization=quantization,
+        max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
+    )
     params = session.sampling(
         temperature=temperature,
         top_p=top_p,

@@ -43,6 +43,9 @@ def serve(
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Most requests waiting; more get 429.")] = None,
     kv_cache_memory: Annotated[float | None, typer.Option(help="Memory for the KV cache, GiB.")] = None,
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16 or int8: half the memory at long contexts.")
+    ] = "auto",
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
     prefix_caching: Annotated[
         bool,
@@ -85,6 +88,7 @@ def serve(
         device=device,
         quantization=quantization,
         max_model_len=max_model_len,
+        kv_cache_dtype=kv_cache_dtype,
         kv_cache_memory=None if kv_cache_memory is None else _gibibytes("--kv-cache-memory", kv_cache_memory),
         enable_prefix_caching=prefix_caching,
         **{name: value for name, value in chosen.items() if value is not None},

@@ -5,11 +5,13 @@ The pool always holds at least one sequence of full length, so a request within 
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import torch
 
+from tern import ops
 from tern.engine.options import EngineOptions
 from tern.errors import OptionError
 from tern.model.config import ErnieConfig
@@ -21,8 +23,10 @@ _CGROUP = "/sys/fs/cgroup"
 
 
 def token_bytes(config: ErnieConfig, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token takes in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    """Bytes of keys and values that one token takes in all layers, in a cache of `dtype`."""
+    tokens = 4  # the smallest block that a cache of any type has
+    shapes = ops.kv_cache_shapes(1, tokens, config.num_key_value_heads, config.head_dim, dtype)
+    return config.num_hidden_layers * sum(math.prod(shape) for shape in shapes) * dtype.itemsize // tokens
 
 
 def resolve_max_model_len(options: EngineOptions, config: ErnieConfig) -> int:

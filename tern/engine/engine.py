@@ -83,14 +83,13 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.max_model_len = resolve_max_model_len(options, model.config)
-        num_blocks = resolve_num_blocks(
-            options, model.config, model.dtype, free_memory(model.device), self.max_model_len
-        )
+        kv_dtype = model.dtype if options.kv_cache_dtype == "auto" else getattr(torch, options.kv_cache_dtype)
+        num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free_memory(model.device), self.max_model_len)
         self.pool = BlockPool(num_blocks, options.block_size, caching=options.enable_prefix_caching)
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens
         )
-        self.runner = Runner(model, num_blocks=num_blocks, block_size=options.block_size)
+        self.runner = Runner(model, num_blocks=num_blocks, block_size=options.block_size, kv_dtype=kv_dtype)
         self.sequences: dict[str, Sequence] = {}  # every request that is not finished
         self.consecutive_failures = 0
         self._finished = dict.fromkeys(FinishReason, 0)

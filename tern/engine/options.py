@@ -10,6 +10,7 @@ from typing import Any
 from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "int8")
 QUANTIZATIONS = ("wint4", "wint8")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -22,11 +23,12 @@ class EngineOptions:
     `max_num_seqs`: sequences computed together. `max_num_batched_tokens`: tokens of one step, all sequences together;
     a smaller number answers running requests sooner while a long prompt is read, a larger one reads it faster.
     `block_size`: tokens a cache block holds. The cache's size is `num_kv_blocks` blocks or `kv_cache_memory` bytes or,
-    with neither, what `tern.engine.cache_size` takes from free memory. `enable_prefix_caching` reuses the blocks of
-    prompts that begin alike. `max_queue`: requests that may wait before new ones are refused; None never refuses.
-    `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in 4 or 8
-    bits ("wint4", "wint8"); None keeps them as they are stored. `check_integrity_when_idle` verifies the engine's books
-    each time it runs out of work.
+    with neither, what `tern.engine.cache_size` takes from free memory; `kv_cache_dtype` is what its keys and values are
+    kept in: "auto" is the model's own type, "int8" about half of bfloat16's memory. `enable_prefix_caching` reuses the
+    blocks of prompts that begin alike. `max_queue`: requests that may wait before new ones are refused; None never
+    refuses. `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in
+    4 or 8 bits ("wint4", "wint8"); None keeps them as they are stored. `check_integrity_when_idle` verifies the
+    engine's books each time it runs out of work.
 
     Raises `OptionError` that names the option, the value and the limit.
     """
@@ -37,6 +39,7 @@ class EngineOptions:
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_cache_memory: int | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     max_queue: int | None = 1024
     dtype: str = "auto"
@@ -67,6 +70,13 @@ class EngineOptions:
             )
         if self.dtype not in DTYPES:
             raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}.")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            known = ", ".join(KV_CACHE_DTYPES)
+            raise OptionError(f"kv_cache_dtype is {self.kv_cache_dtype!r}: it must be one of {known}.")
+        if self.kv_cache_dtype == "int8" and self.block_size % 4:
+            raise OptionError(
+                f"block_size is {self.block_size}: with kv_cache_dtype int8 it must be a multiple of 4, such as 16."
+            )
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise OptionError(f"quantization is {self.quantization!r}: it must be one of {', '.join(QUANTIZATIONS)}.")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class Runner:
-    """Computes steps with `model` and a cache of `num_blocks` blocks of `block_size` tokens."""
+    """Computes steps with `model` and a cache of `num_blocks` blocks of `block_size` tokens in `kv_dtype`."""
 
-    def __init__(self, model: ErnieModel, *, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: ErnieModel, *, num_blocks: int, block_size: int, kv_dtype: torch.dtype) -> None:
         self.model = model
         self.kv = KVCache.allocate(
-            model.config, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=model.device
+            model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=model.device
         )
         self.sampler = Sampler()
 

@@ -52,7 +52,7 @@ class KVCache:
     @property
     def block_size(self) -> int:
         """Tokens a block holds."""
-        return self.values.shape[3]
+        return self.keys.shape[4]
 
     @classmethod
     def allocate(

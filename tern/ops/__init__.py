@@ -1,15 +1,15 @@
 """The arithmetic of the network, by function: the one door by which the model calls it.
 
 On the CPU the kernels in `tern.ops.cpu` compute what they can: products with packed weights of 4 and 8 bits, attention,
-norms and routing in float32 and bfloat16. Everything else, and every product with plain weights, is the reference in
-plain torch.
+norms and routing in float32 and bfloat16, attention over int8 caches. Everything else, and every product with plain
+weights, is the reference in plain torch.
 """
 
 from torch import Tensor
 
 from tern.ops import cpu, reference, reference_attention, reference_packed
 from tern.ops.packed import PackedWeight, Weight, empty, packed_shapes, unpack
-from tern.ops.reference import embed, kv_cache_shapes, rms_norm, rotary_frequencies, rotary_table
+from tern.ops.reference import cached_head_dim, embed, kv_cache_shapes, rms_norm, rotary_frequencies, rotary_table
 from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "SwiGLUWeights",
     "Weight",
     "add_rms_norm",
+    "cached_head_dim",
     "embed",
     "empty",
     "kv_cache_shapes",
@@ -92,20 +93,22 @@ def rotate_and_store(
     qkv: Tensor, cosines: Tensor, signed_sines: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
     """Turn queries and keys, store keys and values -> queries; see `tern.ops.reference.rotate_and_store`."""
-    if cpu.can_attend(value_cache.shape[3], value_cache.dtype, value_cache.device) and cpu.can_norm(qkv):
+    if cpu.can_attend(value_cache) and cpu.can_norm(qkv):
         return cpu.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
     return reference.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
 
 
 def plan_attention(query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, values: Tensor) -> AttentionPlan:
-    """Prepare a step's queries for caches whose values are like `values` [..., block_size, D].
+    """Prepare a step's queries for caches whose values are like `values` [..., block_size / r, W, r].
 
     Sequence s owns the query rows `query_starts[s] : query_starts[s + 1]`, the last positions of a context of
     `context_lens[s]` tokens whose slots lie in the blocks `block_tables[s]`. Shapes [S + 1], [S], [S, max_blocks].
     """
-    if cpu.can_attend(values.shape[-1], values.dtype, values.device):
+    if cpu.can_attend(values):
         return cpu.SequencesPlan(query_starts, context_lens, block_tables)
-    return reference_attention.plan_attention(query_starts, context_lens, block_tables, values.shape[-2])
+    return reference_attention.plan_attention(
+        query_starts, context_lens, block_tables, values.shape[-3] * values.shape[-1]
+    )
 
 
 def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan) -> Tensor:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tern.ops.rounding import round_to_bytes
 from tern.ops.swiglu import SwiGLUWeights
 
 # A float32 product with fewer rows than this is computed with rows of padding: see `pad_rows`.
 _STABLE_ROWS = 16
+SCALE_BYTES = 4
+"""Of the scale that stands beside a token's int8 key or value in one head."""
 
 
 def embed(token_ids: Tensor, table: Tensor) -> Tensor:
@@ -148,15 +151,42 @@ def mix_experts(
 def kv_cache_shapes(
     num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of one layer's cache: keys [blocks, G, D / u, block_size, u], values [blocks, G, block_size, D].
+    """The shapes of one layer's cache.
 
-    u is how many numbers of `dtype` fill four bytes (or 1 where D is no multiple of that): neighbours along D lie
-    together and each of them for all of a block's keys, so that a product with a query runs over keys side by side, by
-    the instructions that multiply pairs of bf16 or quads of int8.
+    Keys [blocks, G, W / u, block_size, u], values [blocks, G, block_size / r, W, r]. u is how many numbers of `dtype`
+    fill four bytes (or 1 where D is no multiple of that): neighbours along D lie together and each of them for all of a
+    block's keys, so that a product with a query runs over keys side by side, by the instructions that multiply pairs of
+    bf16 or quads of int8. r is 4 with int8, so that four tokens' values lie together, else 1. W is D, and with int8
+    `SCALE_BYTES` more for a token's float32 scale in this head: the last unit of its key, and the element D + token % 4
+    of its row of values.
+
+    Raises `ValueError` for int8 unless D and `block_size` are multiples of 4.
     """
     unit = max(1, 4 // dtype.itemsize)
-    unit = unit if head_dim % unit == 0 else 1
-    return (num_blocks, kv_heads, head_dim // unit, block_size, unit), (num_blocks, kv_heads, block_size, head_dim)
+    if dtype != torch.int8:
+        unit = unit if head_dim % unit == 0 else 1
+        return (num_blocks, kv_heads, head_dim // unit, block_size, unit), (
+            num_blocks,
+            kv_heads,
+            block_size,
+            head_dim,
+            1,
+        )
+    if head_dim % unit or block_size % unit:
+        raise ValueError(f"an int8 cache takes heads and blocks of multiples of 4, not {head_dim} and {block_size}")
+    width = head_dim + SCALE_BYTES
+    return (num_blocks, kv_heads, width // unit, block_size, unit), (
+        num_blocks,
+        kv_heads,
+        block_size // unit,
+        width,
+        unit,
+    )
+
+
+def cached_head_dim(value_cache: Tensor) -> int:
+    """D of a cache's values [..., W, r]; see `kv_cache_shapes`."""
+    return value_cache.shape[-2] - (SCALE_BYTES if value_cache.dtype == torch.int8 else 0)
 
 
 def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
@@ -164,10 +194,36 @@ def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tenso
 
     Caches as in `kv_cache_shapes`; `keys`, `values` [T, G, D]; `slots` [T] are block * block_size + offset.
     """
-    blocks, offsets = slots // value_cache.shape[2], slots % value_cache.shape[2]
-    units = keys.view(*keys.shape[:2], key_cache.shape[2], key_cache.shape[4])
-    key_cache[blocks, :, :, offsets] = units.to(key_cache.dtype)
-    value_cache[blocks, :, offsets] = values.to(value_cache.dtype)
+    block_size, rows, head_dim = key_cache.shape[3], value_cache.shape[4], keys.shape[2]
+    blocks, offsets = slots // block_size, slots % block_size
+    quads, tokens = offsets // rows, offsets % rows
+    if value_cache.dtype == torch.int8:
+        keys, key_scales = round_to_bytes(keys)
+        values, value_scales = round_to_bytes(values)
+        key_cache[blocks, :, -1, offsets] = _as_bytes(key_scales)
+        value_cache[blocks, :, quads, head_dim + tokens] = _as_bytes(value_scales)
+    units = keys.view(*keys.shape[:2], head_dim // key_cache.shape[4], key_cache.shape[4])
+    key_cache[blocks, :, : units.shape[2], offsets] = units.to(key_cache.dtype)
+    value_cache[blocks, :, quads, :head_dim, tokens] = values.to(value_cache.dtype)
+
+
+def read_kv(key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """What `write_kv` stored in `slots` [T]: keys and values [T, G, D], float32 where the cache is int8."""
+    block_size, rows, head_dim = key_cache.shape[3], value_cache.shape[4], cached_head_dim(value_cache)
+    blocks, offsets = slots // block_size, slots % block_size
+    quads, tokens = offsets // rows, offsets % rows
+    keys = key_cache[blocks, :, : head_dim // key_cache.shape[4], offsets].flatten(2)
+    values = value_cache[blocks, :, quads, :head_dim, tokens]
+    if value_cache.dtype != torch.int8:
+        return keys, values
+    key_scales = key_cache[blocks, :, -1, offsets].view(torch.float32)
+    value_scales = value_cache[blocks, :, quads, head_dim + tokens].view(torch.float32)
+    return keys * key_scales, values * value_scales
+
+
+def _as_bytes(scales: Tensor) -> Tensor:
+    """float32 [T, G] -> int8 [T, G, SCALE_BYTES]."""
+    return scales[..., None].contiguous().view(torch.int8)
 
 
 def rotate_and_store(
@@ -178,14 +234,8 @@ def rotate_and_store(
     `qkv` [T, (N + 2G) * D] are all of a token's heads: queries, keys, values. Tables [T, D], `slots` [T] and caches as
     in `apply_rotary` and `write_kv`.
     """
-    kv_heads, head_dim = value_cache.shape[1], value_cache.shape[3]
+    kv_heads, head_dim = value_cache.shape[1], cached_head_dim(value_cache)
     heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)
     rotated = apply_rotary(heads[:, :-kv_heads], cosines, signed_sines)
     write_kv(key_cache, value_cache, rotated[:, -kv_heads:], heads[:, -kv_heads:], slots)
     return rotated[:, :-kv_heads]
-
-
-def read_kv(key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """What `write_kv` stored in `slots` [T]: keys and values [T, G, D]."""
-    blocks, offsets = slots // value_cache.shape[2], slots % value_cache.shape[2]
-    return key_cache[blocks, :, :, offsets].flatten(2), value_cache[blocks, :, offsets]

@@ -14,35 +14,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from tern.ops.packed import FACTORS, GROUP, PANEL, QUAD, PackedWeight
+from tern.ops.rounding import round_to_bytes
 from tern.ops.swiglu import SwiGLUWeights
 
 SPAN = 256
 """Depths that share an activation scale."""
-SMALLEST = 1e-30
-"""Magnitudes up to here count as zero: their inverse would overflow."""
 SHRINKS = tuple(1.0 - 0.05 * step for step in range(9))
 """Shares of the full range that are tried as a column's scale."""
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round `x` [T, depth] to integers -> int8 [T, depth], scales float32 [T, spans].
-
-    The largest magnitude of a span becomes 127, halves are rounded to even. A span of nothing above `SMALLEST` becomes
-    zeros; one that holds NaN or an infinity becomes zeros with scale NaN.
-    """
-    x = x.float()
-    values, scales = torch.empty(x.shape, dtype=torch.int8), []
-    for start in range(0, x.shape[1], SPAN):
-        span = x[:, start : start + SPAN]
-        largest = span.abs().amax(dim=1)
-        usable = torch.isfinite(span).all(dim=1) & (largest > SMALLEST)
-        # Not 127.0 / largest, which torch computes as a product with the reciprocal.
-        inverse = torch.where(usable, torch.full_like(largest, 127.0) / torch.where(usable, largest, 1.0), 0.0)
-        scaled = (span * inverse[:, None]).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        values[:, start : start + SPAN] = scaled.round().to(torch.int8)
-        finite = torch.isfinite(span).all(dim=1)
-        scales.append(torch.where(finite, torch.where(usable, largest / 127.0, 0.0), torch.nan))
-    return values, torch.stack(scales, dim=1)
+    """Round `x` [T, depth] to integers, each span as `round_to_bytes` does -> int8 [T, depth], scales [T, spans]."""
+    spans = (round_to_bytes(x[:, start : start + SPAN]) for start in range(0, x.shape[1], SPAN))
+    values, scales = zip(*spans, strict=True)
+    return torch.cat(values, dim=1), torch.stack(scales, dim=1)
 
 
 def product(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -62,7 +62,7 @@ PROMPTS = [
 def network(architecture: str) -> ErnieModel:
     """A network of random weights, large enough for answers that vary; float32 unless the name ends in bf16.
 
-    With "wint4" in the name, its weights are packed.
+    With "wint4" in the name, its weights are packed; with "int8 cache", `build` keeps keys and values in int8.
     """
     moe = architecture.startswith("moe")
     config = ErnieConfig.from_dict(
@@ -96,7 +96,9 @@ def plain_answer(architecture: str, number: int) -> list[int]:
     model, tokens = network(architecture), list(PROMPTS[number])
     for _ in range(ANSWER):
         count = len(tokens)
-        kv = KVCache.allocate(model.config, num_blocks=1, block_size=count, dtype=model.dtype, device=model.device)
+        dtype = torch.int8 if "int8 cache" in architecture else model.dtype
+        size = -(-count // 4) * 4
+        kv = KVCache.allocate(model.config, num_blocks=1, block_size=size, dtype=dtype, device=model.device)
         everything = torch.arange(count)
         batch = Batch(
             token_ids=torch.tensor(tokens),
@@ -117,10 +119,15 @@ def plain_answer(architecture: str, number: int) -> list[int]:
 
 def build(architecture: str, **options: Any) -> Engine:
     values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 60, **options}
+    if "int8 cache" in architecture:
+        values |= {"kv_cache_dtype": "int8", "block_size": -(-values.get("block_size", 16) // 4) * 4}
     return Engine(network(architecture), {EOS}, EngineOptions.from_keywords(**values))
 
 
-@pytest.mark.parametrize("architecture", ["dense", "moe", "moe bf16", "moe wint4", "moe wint4 bf16"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["dense", "moe", "moe bf16", "moe wint4", "moe wint4 bf16", "dense int8 cache", "moe wint4 int8 cache bf16"],
+)
 @pytest.mark.parametrize(
     "options",
     [

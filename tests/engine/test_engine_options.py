@@ -25,6 +25,11 @@ from tern.errors import OptionError
         ({"block_size": 0}, "block_size is 0"),
         ({"num_kv_blocks": 0}, "num_kv_blocks is 0"),
         ({"kv_cache_memory": -5}, "kv_cache_memory is -5"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4': it must be one of auto, bfloat16, int8"),
+        (
+            {"kv_cache_dtype": "int8", "block_size": 6},
+            "block_size is 6: with kv_cache_dtype int8 it must be a multiple",
+        ),
         ({"num_kv_blocks": 5, "kv_cache_memory": 5}, "both set the size of the cache"),
         ({"max_queue": 0}, "max_queue is 0"),
         ({"enable_prefix_caching": "yes"}, "enable_prefix_caching is 'yes'"),

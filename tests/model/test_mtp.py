@@ -144,4 +144,4 @@ def test_caches_are_sized_by_layers() -> None:
     config, _ = build(model_type="ernie4_5")
     sizes = {"num_blocks": 2, "block_size": 4, "dtype": torch.float32, "device": torch.device("cpu")}
     assert KVCache.allocate(config, **sizes).keys.shape == (3, 2, 2, 16, 4, 1)
-    assert KVCache.allocate(config, **sizes, num_layers=1).values.shape == (1, 2, 2, 4, 16)
+    assert KVCache.allocate(config, **sizes, num_layers=1).values.shape == (1, 2, 2, 4, 16, 1)

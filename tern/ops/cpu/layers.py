@@ -10,6 +10,7 @@ from torch import Tensor
 from tern.ops.cpu import _kernels
 from tern.ops.cpu.machine import machine
 from tern.ops.cpu.rows import ROW_TYPES, as_rows
+from tern.ops.reference import cached_head_dim
 
 LANES = 16
 """A head's width must be a multiple of this."""
@@ -24,9 +25,10 @@ class SequencesPlan:
     block_tables: Tensor
 
 
-def can_attend(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels attend over a cache of `dtype` with heads of this width on `device`."""
-    return device.type == "cpu" and dtype in ROW_TYPES and head_dim % LANES == 0
+def can_attend(values: Tensor) -> bool:
+    """Whether the kernels attend over caches whose values are like `values` [..., W, r]."""
+    head_dim = cached_head_dim(values)
+    return values.device.type == "cpu" and values.dtype in (*ROW_TYPES, torch.int8) and head_dim % LANES == 0
 
 
 def can_norm(x: Tensor) -> bool:
@@ -65,7 +67,7 @@ def rotate_and_store(
     """As `tern.ops.reference.rotate_and_store`."""
     qkv, slots = qkv.contiguous(), slots.contiguous()
     tables = (cosines.contiguous(), signed_sines.contiguous())
-    kv_heads, head_dim = value_cache.shape[1], value_cache.shape[3]
+    kv_heads, head_dim = value_cache.shape[1], cached_head_dim(value_cache)
     if any(table.shape != (qkv.shape[0], head_dim) or table.dtype != torch.float32 for table in tables):
         raise ValueError(f"rotary tables must be float32 [{qkv.shape[0]}, {head_dim}]")
     if slots.shape != qkv.shape[:1] or slots.dtype != torch.int64:
@@ -92,10 +94,10 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
 
 def _cache(key_cache: Tensor, value_cache: Tensor) -> _kernels.Cache:
     """One layer's cache, whose memory must lie in one piece."""
-    blocks, kv_heads, block_size, head_dim = value_cache.shape
+    blocks, kv_heads, _, block_size, _ = key_cache.shape
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()) or key_cache.numel() != value_cache.numel():
         raise ValueError("a layer's keys and values must be contiguous and of one size")
-    if key_cache.dtype != value_cache.dtype or value_cache.dtype not in ROW_TYPES:
+    if key_cache.dtype != value_cache.dtype or not can_attend(value_cache):
         raise ValueError(f"a cache of {value_cache.dtype} cannot be attended to")
-    sizes = (blocks, block_size, kv_heads, head_dim, value_cache.dtype.itemsize)
+    sizes = (blocks, block_size, kv_heads, cached_head_dim(value_cache), value_cache.dtype.itemsize)
     return _kernels.cache(key_cache.data_ptr(), value_cache.data_ptr(), *sizes)
