@@ -15,10 +15,13 @@ from tern.model import ErnieConfig, parameter_shapes
 
 def test_same_seed_same_weights_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic_module, "BLOCK", 1000)
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
     first = load_tensors(resolve_model("dummy:tiny?seed=3"))
     torch.set_num_threads(3)
-    again = load_tensors(resolve_model("dummy:tiny?seed=3"))
+    try:
+        again = load_tensors(resolve_model("dummy:tiny?seed=3"))
+    finally:
+        torch.set_num_threads(threads)
     other = load_tensors(resolve_model("dummy:tiny?seed=4"))
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name]), name
