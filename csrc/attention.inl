@@ -111,19 +111,6 @@ inline void score_groups(const AttentionTile& t, std::int64_t position, char* to
     score_rest<kAttendRows - 1, GROUPS>(t, row, keys, strides, ahead, values, scores + position);
 }
 
-// The largest of at least one number; NaN counts for nothing unless it stands first.
-inline float largest_of(const float* x, std::int64_t count) {
-    float lanes[kPanel];
-    for (int lane = 0; lane < kPanel; ++lane) lanes[lane] = x[0];
-    std::int64_t i = 0;
-    for (; i + kPanel <= count; i += kPanel)
-        for (int lane = 0; lane < kPanel; ++lane) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
-    for (; i < count; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-    float largest = lanes[0];
-    for (int lane = 1; lane < kPanel; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
-    return largest;
-}
-
 // scores [kTile] of the first `visible` positions -> their weights e^(score - highest), zeros up to `count`.
 inline void weigh(float* scores, std::int64_t visible, std::int64_t count, float& highest, float& total) {
     const float largest = largest_of(scores, visible);

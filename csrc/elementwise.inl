@@ -152,12 +152,48 @@ void rotate(const float* x, const float* cosines, const float* sines, std::int64
     }
 }
 
-float exponentials(float* x, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; ++i) x[i] = exp_of_negative(x[i]) + 0.0f * x[i];  // NaN stays NaN
+inline float sum_of(const float* x, std::int64_t count) {
     float sums[kPanel] = {};
     std::int64_t i = 0;
     for (; i + kPanel <= count; i += kPanel)
         for (int lane = 0; lane < kPanel; ++lane) sums[lane] += x[i + lane];
     for (int lane = 0; i < count; ++i, ++lane) sums[lane] += x[i];
     return add_lanes(sums);
+}
+
+float exponentials(float* x, std::int64_t count) {
+    for (std::int64_t i = 0; i < count; ++i) x[i] = exp_of_negative(x[i]) + 0.0f * x[i];  // NaN stays NaN
+    return sum_of(x, count);
+}
+
+// The largest of at least one number; NaN counts for nothing unless it stands first.
+inline float largest_of(const float* x, std::int64_t count) {
+    float lanes[kPanel];
+    for (int lane = 0; lane < kPanel; ++lane) lanes[lane] = x[0];
+    std::int64_t i = 0;
+    for (; i + kPanel <= count; i += kPanel)
+        for (int lane = 0; lane < kPanel; ++lane) lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
+    for (; i < count; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    float largest = lanes[0];
+    for (int lane = 1; lane < kPanel; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+    return largest;
+}
+
+std::int64_t largest(const float* x, std::int64_t count, float* peak) {
+    std::int32_t nans = 0;
+    for (std::int64_t i = 0; i < count; ++i) nans += x[i] != x[i];
+    *peak = nans > 0 ? __builtin_nanf("") : largest_of(x, count);
+    std::int64_t place = 0;
+    while (nans > 0 ? x[place] == x[place] : x[place] != *peak) ++place;
+    return place;
+}
+
+float weights(float* logits, std::int64_t count, float peak, float temperature, float floor, float* weights) {
+    const float none = -__builtin_inff();
+    for (std::int64_t i = 0; i < count; ++i) {
+        const float score = (logits[i] - peak) / temperature;
+        logits[i] = score < floor ? none : score;
+        weights[i] = logits[i] > -87.0f ? exp_of_negative(logits[i]) : 0.0f;
+    }
+    return sum_of(weights, count);
 }

@@ -3,5 +3,5 @@
 
 constexpr Kernels kernel_table(const char* name, const char* description) {
     return {name, description, runs_on, quantise_row, quantise_head, quantise_finely, multiply, silu_mul, add_scaled, widen,
-            narrow, dot, inverse_norm, rotate, exponentials, attend_tile, join, read, peak, pack_panel};
+            narrow, dot, inverse_norm, rotate, exponentials, largest, weights, attend_tile, join, read, peak, pack_panel};
 }

@@ -52,6 +52,13 @@ struct Kernels {
     // e^x for x <= 0 in place, and their sum.
     float (*exponentials)(float* x, std::int64_t count);
 
+    // The place of the largest number, the first of equals, and that number itself; NaN is the largest of all.
+    std::int64_t (*largest)(const float* x, std::int64_t count, float* peak);
+
+    // Logits become scores (logit - peak) / temperature, minus infinity below `floor`, and `weights` e^score; the sum of
+    // the weights is returned.
+    float (*weights)(float* logits, std::int64_t count, float peak, float temperature, float floor, float* weights);
+
     // See attention.inl. `scores` [rows, kTile], `together` 2 x 16 keys, `highest`, `total` [rows], `mixed` [rows, head_dim].
     void (*attend_tile)(const AttentionTile&, float* scores, char* together, float* highest, float* total, float* mixed);
     void (*join)(const float* other_mixed, float other_highest, float other_total, std::int64_t head_dim, float* mixed,

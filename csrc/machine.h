@@ -46,6 +46,13 @@ struct Experts {
     SwiGLU shared;
 };
 
+// How a row of logits is drawn from: see tern.ops.reference_sampling. Scores below `floor` are left out.
+struct Draw {
+    double uniform, top_p;
+    std::int64_t top_k;
+    float temperature, floor;
+};
+
 // Memory that grows to the largest size asked for and keeps it; aligned to 64 bytes.
 template <class T>
 class Buffer {
@@ -129,6 +136,13 @@ class Machine {
 
     // Causal attention of queries [rows, heads * head_dim] over the cache, which holds the rows' own keys already.
     void attend(const Rows& queries, const Cache& cache, const Sequences& sequences, const Rows& output);
+
+    // The largest of each row of logits [rows, width] and where it first stands; NaN is the largest of all.
+    void largest(const float* logits, std::int64_t rows, std::int64_t width, float* peaks, std::int64_t* ids);
+
+    // A number drawn for each row, by draws[row], from logits whose largest are `peaks`. The logits are overwritten.
+    void draw(float* logits, std::int64_t rows, std::int64_t width, const float* peaks, const Draw* draws,
+              std::int64_t* ids);
 
     // Round a weight [rows, width] to 4 or 8 bits. Its rows become columns, each of `parts` equal parts rounded up to
     // whole panels: weight.columns in all.

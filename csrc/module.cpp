@@ -3,6 +3,7 @@
 // Every call releases the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
@@ -127,6 +128,11 @@ NB_MODULE(_kernels, m) {
         demand(!shared || shared->down.out == first.down.out, "the shared expert differs in width");
         return Experts{first, count, shared != nullptr, shared ? *shared : SwiGLU{}};
     }, nb::arg("first"), nb::arg("count"), nb::arg("shared").none());
+    nb::class_<Draw>(m, "Draw").def("__init__", [](Draw* self, double uniform, float temperature, float floor,
+                                                   std::int64_t top_k, double top_p) {
+        demand(temperature > 0.0f && top_k > 0, "a draw has a temperature above 0 and a top_k of at least 1");
+        new (self) Draw{uniform, top_p, top_k, temperature, floor};
+    }, nb::arg("uniform"), nb::arg("temperature"), nb::arg("floor"), nb::arg("top_k"), nb::arg("top_p"));
     nb::class_<Cache>(m, "Cache");
     m.def("cache", cache, nb::arg("keys"), nb::arg("values"), nb::arg("num_blocks"), nb::arg("block_size"),
           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("element_bytes"));
@@ -202,6 +208,19 @@ NB_MODULE(_kernels, m) {
             self.attend(queries, cache, sequences, output);
         }, nb::arg("queries"), nb::arg("cache"), nb::arg("query_starts"), nb::arg("context_lens"),
            nb::arg("block_tables"), nb::arg("count"), nb::arg("max_blocks"), nb::arg("output"))
+        .def("largest", [](Machine& self, const Rows& logits, Address peaks, Address ids) {
+            demand(logits.type == FloatType::f32 && logits.width > 0, "logits are rows of float32");
+            const nb::gil_scoped_release released;
+            self.largest(static_cast<const float*>(logits.data), logits.count, logits.width, at<float>(peaks),
+                         at<std::int64_t>(ids));
+        }, nb::arg("logits"), nb::arg("peaks"), nb::arg("ids"))
+        .def("draw", [](Machine& self, const Rows& logits, Address peaks, const std::vector<Draw>& draws, Address ids) {
+            demand(logits.type == FloatType::f32 && logits.width > 0, "logits are rows of float32");
+            demand(std::int64_t(draws.size()) == logits.count, "there must be a draw for each row");
+            const nb::gil_scoped_release released;
+            self.draw(static_cast<float*>(logits.data), logits.count, logits.width, at<const float>(peaks), draws.data(),
+                      at<std::int64_t>(ids));
+        }, nb::arg("logits"), nb::arg("peaks"), nb::arg("draws"), nb::arg("ids"))
         .def("mix_experts", [](Machine& self, const Rows& x, Address weights, Address chosen, std::int64_t per_token,
                                const Experts& experts, const Rows& output) {
             demand_fit(x, experts.first.gate_up, experts.first.down, output);

@@ -81,7 +81,6 @@ class SamplingState:
         self.params = params
         self.stream = stream_of(params.seed, request.choice_index)
         self.greedy = params.greedy
-        self.truncates = params.top_k > 0 or params.top_p < 1.0
         self.min_tokens = params.min_tokens
         self.stop_ids = np.array(sorted(stop_ids), np.int64)
         self.bias_ids = np.array(list(params.logit_bias), np.int64)

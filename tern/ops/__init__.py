@@ -7,21 +7,26 @@ weights, is the reference in plain torch.
 
 from torch import Tensor
 
-from tern.ops import cpu, reference, reference_attention, reference_packed
+from tern.ops import cpu, reference, reference_attention, reference_packed, reference_sampling
 from tern.ops.packed import PackedWeight, Weight, empty, packed_shapes, unpack
 from tern.ops.reference import cached_head_dim, embed, kv_cache_shapes, rms_norm, rotary_frequencies, rotary_table
+from tern.ops.reference_sampling import Draws, likeliest
 from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
     "AttentionPlan",
+    "Draws",
     "PackedWeight",
     "SwiGLUWeights",
     "Weight",
     "add_rms_norm",
     "cached_head_dim",
+    "draw",
     "embed",
     "empty",
     "kv_cache_shapes",
+    "largest",
+    "likeliest",
     "linear",
     "mix_experts",
     "pack",
@@ -116,3 +121,17 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
     if isinstance(plan, cpu.SequencesPlan):
         return cpu.paged_attention(queries, key_cache, value_cache, plan)
     return reference_attention.paged_attention(queries, key_cache, value_cache, plan)
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of logits and its place; see `tern.ops.reference_sampling.largest`."""
+    if cpu.can_choose(logits):
+        return cpu.largest(logits)
+    return reference_sampling.largest(logits)
+
+
+def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:
+    """Draw a token id for every row of logits, which are overwritten; see `tern.ops.reference_sampling.draw`."""
+    if cpu.can_choose(logits):
+        return cpu.draw(logits, peaks, draws)
+    return reference_sampling.draw(logits, peaks, draws)

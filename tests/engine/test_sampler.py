@@ -75,7 +75,7 @@ def reference_distribution(logits: list[float], params: SamplingParams) -> list[
     peak = max(logits)
     weights = [math.exp((value - peak) / params.temperature) for value in logits]
     order = [token for token, weight in enumerate(weights) if weight >= params.min_p and weight > 0]
-    if params.top_k > 0 or params.top_p < 1:
+    if 0 < params.top_k < len(logits) or params.top_p < 1:
         order.sort(key=lambda token: (-logits[token], token))
         if params.top_k > 0:
             order = order[: params.top_k]

@@ -21,6 +21,7 @@ from tern.ops.cpu.machine import (
     use_machine,
 )
 from tern.ops.cpu.packed import linear_packed, mix_experts_packed, pack, swiglu_packed
+from tern.ops.cpu.sampling import can_choose, draw, largest
 
 __all__ = [
     "FORCE_ISA",
@@ -29,10 +30,13 @@ __all__ = [
     "SequencesPlan",
     "add_rms_norm",
     "can_attend",
+    "can_choose",
     "can_norm",
     "choose_instruction_set",
     "choose_threads",
+    "draw",
     "instruction_sets",
+    "largest",
     "linear_packed",
     "machine",
     "mix_experts_packed",

@@ -1,0 +1,34 @@
+"""The choice of tokens through the kernels. Checks tensors, passes addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tern.ops.cpu import _kernels
+from tern.ops.cpu.machine import machine
+from tern.ops.cpu.rows import as_rows
+from tern.ops.reference_sampling import Draws
+
+
+def can_choose(logits: Tensor) -> bool:
+    """Whether the kernels choose from logits like these."""
+    return logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As `tern.ops.reference_sampling.largest`."""
+    peaks = torch.empty(len(logits))
+    ids = torch.empty(len(logits), dtype=torch.int64)
+    machine().largest(as_rows(logits), peaks.data_ptr(), ids.data_ptr())
+    return peaks, ids
+
+
+def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:
+    """As `tern.ops.reference_sampling.draw`, but for the last bits of sums, which a uniform number may fall between."""
+    peaks = peaks.contiguous()
+    ids = torch.empty(len(logits), dtype=torch.int64)
+    columns = (draws.uniforms, draws.temperatures, draws.min_p.log(), draws.top_k, draws.top_p)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    machine().draw(as_rows(logits), peaks.data_ptr(), [_kernels.Draw(*row) for row in rows], ids.data_ptr())
+    return ids
