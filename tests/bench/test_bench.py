@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tern.bench import MachineLimits, diagnose, measure_machine, run_bench, step_work
+from tern.bench import MachineLimits, measure_machine, run_bench, step_work
 from tern.bench.limits import Work
+from tern.bench.overhead import ROOM, overhead_share
 from tern.bench.report import Bench
-from tern.checkpoint import PRESETS, load_tensors, resolve_model, weight_bytes
+from tern.checkpoint import PRESETS, load_tensors, resolve_model
 from tern.errors import OptionError
-from tern.model import ErnieModel, KVCache
+from tern.model import Batch, ErnieModel, KVCache
 from tern.ops import cpu
 
 
@@ -89,9 +89,42 @@ def test_the_report_is_whole() -> None:
         *[("prefill", 5, 1, 20), ("prefill", 40, 1, 20), ("decode", 1, 1, 20), ("decode", 1, 3, 20)],
     ]
     assert all(r["tokens_per_s"] > 0 and r["limit_share"] > 0 for r in report["results"])
+    shares = [r["overhead_share"] for r in report["results"]]
+    assert [share is None for share in shares] == [True, True, False, False] * 2
+    assert all(0 < share < 1 for share in shares if share is not None)
     assert {"read_gb_s", "int8_tops", "isa", "threads"} == set(report["machine"])
     assert report["load_s"] > 0
     assert 0.05 < report["peak_rss_gb"] < 100
+
+
+@pytest.mark.parametrize("depth", [0, 1, 40, 8191])
+def test_a_step_in_the_engine_is_timed_at_the_same_depth(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve_model("dummy:tiny")
+    bench = Bench(source.config, load_tensors(source, quantization="wint4"), 2 * (depth + 17), 2)
+    rows: list[list[int]] = []
+    hidden = ErnieModel.hidden
+
+    def record(model: ErnieModel, batch: Batch, kv: KVCache) -> torch.Tensor:
+        rows.append(batch.context_lens.tolist())
+        return hidden(model, batch, kv)
+
+    monkeypatch.setattr(ErnieModel, "hidden", record)
+    assert 0 < overhead_share(bench.engine, bench.model, 2, depth) < 1
+    assert {len(lengths) for lengths in rows} == {2}
+    first = min(max(1, depth), 8192 - ROOM) + (0 if depth < 2 else 1)  # a longer prompt is not read, only taken
+    assert rows[0] == [first, first]
+    assert len(rows) >= 18
+    assert not bench.engine.has_work
+    bench.engine.check_integrity()
+
+
+def test_the_engine_s_share_is_what_its_model_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr("tern.bench.overhead.time.perf_counter", lambda: float(next(clock)))
+    source = resolve_model("dummy:tiny")
+    bench = Bench(source.config, load_tensors(source, quantization="wint4"), 40)
+    # A step looks at the clock eight times: itself, the engine and the two doors of the network, each at both ends.
+    assert overhead_share(bench.engine, bench.model, 1, 4) == pytest.approx(1 - 2 / 7)
 
 
 def test_what_does_not_fit_is_said_before_it_is_loaded() -> None:
@@ -112,22 +145,3 @@ def test_the_commands() -> None:
         refused = tern("bench", *wrong)
         assert refused.returncode == 2, wrong
         assert refused.stderr.startswith("tern: ")
-
-
-def test_doctor_counts_what_would_be_loaded(tmp_path: Path) -> None:
-    source = resolve_model("dummy:tiny")
-    for quantization in (None, "wint8", "wint4"):
-        loaded = load_tensors(source, quantization=quantization, dtype=torch.bfloat16)
-        assert weight_bytes(source.config, torch.bfloat16, quantization) == sum(t.nbytes for t in loaded.values())
-    found = diagnose(source)
-    assert [fit.precision for fit in found.fits] == ["bfloat16", "wint8", "wint4"]
-    assert found.machine.isa == cpu.machine().name
-    assert all(fit.longest_context == source.config.max_position_embeddings for fit in found.fits)
-
-    quantised = tern("quantize", "dummy:tiny", str(tmp_path / "out"), "--bits", "4")
-    assert quantised.returncode == 0, quantised.stderr
-    assert "Try it: tern chat" in quantised.stderr
-    report = tern("doctor", str(tmp_path / "out"), "--json")
-    assert [fit["precision"] for fit in json.loads(report.stdout)["fits"]] == ["wint4"]
-    assert "kernels" in tern("doctor").stdout
-    assert tern("quantize", "dummy:tiny", str(tmp_path / "two"), "--bits", "2").returncode == 2
