@@ -160,7 +160,7 @@ def run_bench(
 ) -> BenchReport:
     """Measure the machine, load the network and time every wanted step on it.
 
-    `command` are the arguments that the report says it was made with.
+    `command` is what the report says it was made with.
 
     Raises `OptionError` if a depth goes beyond the model's positions or its cache beyond free memory.
     """

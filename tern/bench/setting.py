@@ -26,11 +26,11 @@ class Setting:
     python: str
 
     @classmethod
-    def now(cls, arguments: Sequence[str]) -> Setting:
-        """This machine at this moment, and `tern` with these arguments; keys are left out of the command."""
+    def now(cls, command: Sequence[str]) -> Setting:
+        """This machine at this moment, and the command with its arguments; keys are left out of it."""
         date = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-        command = shlex.join(["tern", *_without_secrets(arguments)])
-        return cls(command, date, processor_name(), memory_bytes() / 1e9, __version__, platform.python_version())
+        typed = shlex.join(_without_secrets(command))
+        return cls(typed, date, processor_name(), memory_bytes() / 1e9, __version__, platform.python_version())
 
 
 def _without_secrets(arguments: Sequence[str]) -> list[str]:

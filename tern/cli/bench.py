@@ -46,7 +46,7 @@ def bench(
     With --url, send a running server requests of random words that arrive at random, and say how long they take.
     """
     _refuse_foreign_flags(context, LOAD_FLAGS if url is None else STEP_FLAGS, loading=url is not None)
-    command = ["bench", *_arguments()]
+    command = ["tern", "bench", *_arguments()]
     if url is not None:
         from tern.bench.load import LoadPlan
 

@@ -248,7 +248,7 @@ def test_the_table_and_the_pictures(
 
 
 def test_keys_stay_out_of_the_report() -> None:
-    command = Setting.now(["bench", "--api-key", "secret", "--url", "http://x", "--api-key=secret"]).command
+    command = Setting.now(["tern", "bench", "--api-key", "secret", "--url", "http://x", "--api-key=secret"]).command
     assert command == "tern bench --api-key ... --url http://x --api-key=..."
 
 
