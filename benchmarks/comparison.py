@@ -206,11 +206,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def carry_out(first: Engine, second: Engine, arguments: argparse.Namespace) -> None:
     """Compare, show a line for each round and then the table, and write the JSON."""
-    console = Console()
 
     def show(mine: Figures, other: Figures) -> None:
         for work in mine:
-            console.print(f"{work.label}: {first.name} {mine[work]:.2f}, {second.name} {other.get(work, 0):.2f}")
+            print(f"{work.label}: {first.name} {mine[work]:.2f}, {second.name} {other.get(work, 0):.2f}")
 
     try:
         comparison = compare(first, second, max(1, arguments.rounds), show)
@@ -224,6 +223,6 @@ def carry_out(first: Engine, second: Engine, arguments: argparse.Namespace) -> N
         table.add_column(name, justify="right" if name else "left")
     for row in comparison.rows:
         table.add_row(row.work, f"{row.first:.2f}", f"{row.second:.2f}", f"{row.ratio:.2f}")
-    console.print(table)
+    Console().print(table)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(asdict(comparison), indent=1) + "\n", encoding="utf-8")

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.comparison import numbers
 from tern.bench import Setting
 from tern.bench.report import peak_rss
@@ -140,10 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except TernError as error:
         made.exit(2, f"{error}\n")
     setting = Setting.now(["python", "-m", "benchmarks.long_context", "--model", wanted.model])
-    console = Console()
-    console.print(f"{setting.processor}, {setting.memory_gb:.0f} GB, {setting.date}; {chosen}")
+    print(f"{setting.processor}, {setting.memory_gb:.0f} GB, {setting.date}; {chosen}")
     for depth in found:
-        console.print(
+        print(
             f"depth {depth.depth:>7}: read {depth.read_tokens} tokens at {depth.read_tokens_per_s:.1f} tokens/s, "
             f"decode {depth.decode_tokens_per_s:.2f} tokens/s, at most {depth.peak_rss_gb:.1f} GB of memory"
         )

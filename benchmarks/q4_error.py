@@ -88,11 +88,13 @@ def layers(config: ErnieConfig) -> dict[str, tuple[int, int]]:
 
 def draw_weights(kind: str, out: int, inputs: int, generator: torch.Generator) -> Tensor:
     """[out, inputs] float32 of variance 1 / inputs. Student's t is a normal over the root of a chi-squared / 4."""
-    normal = torch.randn(out, inputs, generator=generator)
+    weight: Tensor = torch.randn(out, inputs, generator=generator) / inputs**0.5
     if kind == "t4":
-        squares = sum(torch.randn(out, inputs, generator=generator).square() for _ in range(4))
-        normal = normal / (squares / 4).sqrt() / 2**0.5  # the variance of t with 4 degrees is 2
-    return normal / inputs**0.5
+        squares = torch.zeros(out, inputs)
+        for _ in range(4):
+            squares += torch.randn(out, inputs, generator=generator).square()
+        weight /= (squares / 4).sqrt() * 2**0.5  # the variance of t with 4 degrees is 2
+    return weight
 
 
 def draw_inputs(kind: str, inputs: int, generator: torch.Generator) -> Tensor:

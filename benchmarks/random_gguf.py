@@ -1,6 +1,5 @@
 """A GGUF of random Q4_0 weights in the shape of an ERNIE-4.5 mixture, to time llama.cpp on what Tern is timed on.
 
-    pip install gguf
     python -m benchmarks.random_gguf OUT.gguf --model dummy:ernie-4.5-21b-a3b
 
 The names of tensors and fields are those that llama.cpp's `ernie4_5-moe` reads. The tokenizer is a stand-in: no text
@@ -11,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-import gguf
 import numpy as np
 
 from tern.checkpoint import resolve_model
@@ -22,6 +22,9 @@ from tern.model import ErnieConfig
 
 GROUP, GROUP_BYTES = 32, 18
 """Q4_0: 32 weights share a float16 scale, which stands before their 16 bytes of nibbles."""
+F32, Q4_0 = 0, 2
+ARCHITECTURE = "ernie4_5-moe"
+Value = str | int | float | Sequence[str] | Sequence[float] | Sequence[int]
 NIBBLE_STD = math.sqrt(21.5)  # of -8..7, all as likely
 
 
@@ -74,63 +77,87 @@ def packed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // GROUP * GROUP_BYTES)
 
 
-def write(path: str, config: ErnieConfig) -> None:
-    """Write the whole file; one tensor at a time is in memory."""
-    writer = gguf.GGUFWriter(path, "ernie4_5-moe")
-    _write_fields(writer, config)
-    _write_tokenizer(writer, config)
-    for entry in entries(config):
-        if entry.kind == "q4_0":
-            shape, size = packed_shape(entry.shape), math.prod(packed_shape(entry.shape))
-            kind = gguf.GGMLQuantizationType.Q4_0
-            writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), size, raw_dtype=kind)
-        else:
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), 4 * math.prod(entry.shape))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+def write(path: Path, config: ErnieConfig) -> None:
+    """Write the whole file, version 3 of the format; one tensor at a time is in memory."""
+    found, where = list(entries(config)), 0
+    fields = _fields(config)
     draw = np.random.default_rng(0)
-    for entry in entries(config):
-        writer.write_tensor_data(data(entry, draw))
-    writer.close()
+    with path.open("wb") as file:
+        file.write(b"GGUF" + struct.pack("<IQQ", 3, len(found), len(fields)))
+        for key, value in fields.items():
+            file.write(_text(key) + _value(value))
+        for entry in found:
+            q4 = entry.kind == "q4_0"
+            sizes = entry.shape[::-1]  # the innermost first
+            file.write(_text(entry.name) + struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes))
+            file.write(struct.pack("<IQ", Q4_0 if q4 else F32, where))
+            where += _padded(math.prod(packed_shape(entry.shape)) if q4 else 4 * math.prod(entry.shape))
+        file.seek(_padded(file.tell()))
+        for entry in found:
+            file.write(data(entry, draw).tobytes())
+            file.seek(_padded(file.tell()))
+        file.truncate()
 
 
-def _write_fields(writer: gguf.GGUFWriter, config: ErnieConfig) -> None:
+def _fields(config: ErnieConfig) -> dict[str, Value]:
+    """What the file says of the network, and a tokenizer: three special tokens, the bytes, and names for the rest."""
     dense = sum(not config.is_moe_layer(number) for number in range(config.num_hidden_layers))
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_expert_count(config.moe_num_experts)
-    writer.add_expert_used_count(config.moe_k)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
-    writer.add_expert_shared_count(config.moe_num_shared_experts)
-    writer.add_expert_shared_feed_forward_length(config.moe_num_shared_experts * config.moe_intermediate_size)
-    writer.add_interleave_moe_layer_step(1)
-    writer.add_leading_dense_block_count(dense)
-    writer.add_vocab_size(config.vocab_size)
+    network: dict[str, Value] = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+        "expert_count": config.moe_num_experts,
+        "expert_used_count": config.moe_k,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.moe_num_shared_experts,
+        "expert_shared_feed_forward_length": config.moe_num_shared_experts * config.moe_intermediate_size,
+        "interleave_moe_layer_step": 1,
+        "leading_dense_block_count": dense,
+        "vocab_size": config.vocab_size,
+    }
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    more = config.vocab_size - len(names)
+    return {
+        "general.architecture": ARCHITECTURE,
+        **{f"{ARCHITECTURE}.{key}": value for key, value in network.items()},
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [*names, *(f"t{number}" for number in range(more))],
+        "tokenizer.ggml.scores": [-float(number) for number in range(config.vocab_size)],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * more],  # unknown, control, bytes, normal
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, config: ErnieConfig) -> None:
-    """Three special tokens, the bytes, and names for the rest."""
-    types = gguf.TokenType
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    kinds = [types.UNKNOWN, types.CONTROL, types.CONTROL, *[types.BYTE] * 256]
-    more = config.vocab_size - len(tokens)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*tokens, *(f"t{number}" for number in range(more))])
-    writer.add_token_scores([-float(number) for number in range(config.vocab_size)])
-    writer.add_token_types([*kinds, *[types.NORMAL] * more])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
+def _value(value: Value) -> bytes:
+    """A field's type and value."""
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _text(value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    if isinstance(value, int):
+        return struct.pack("<II", 4, value)
+    kind = {str: 8, float: 6, int: 5}[type(value[0])]
+    parts = [_text(each) if isinstance(each, str) else struct.pack("<f" if kind == 6 else "<i", each) for each in value]
+    return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(parts)
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _padded(size: int) -> int:
+    """The next multiple of the format's alignment."""
+    return -(-size // 32) * 32
 
 
 def _swiglu(layer: str, suffix: str, stack: tuple[int, ...], hidden: int, width: int) -> Iterator[Entry]:
@@ -142,7 +169,7 @@ def _swiglu(layer: str, suffix: str, stack: tuple[int, ...], hidden: int, width:
 def main() -> None:
     """Write the file that the arguments ask for."""
     made = argparse.ArgumentParser(description="Write a GGUF of random Q4_0 weights.")
-    made.add_argument("out", help="the file to write")
+    made.add_argument("out", type=Path, help="the file to write")
     made.add_argument("--model", default="dummy:ernie-4.5-21b-a3b", help="whose shape it gets: a mixture of experts")
     arguments = made.parse_args()
     config = resolve_model(arguments.model, weights=False).config

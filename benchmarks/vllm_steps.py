@@ -2,7 +2,7 @@
 
 Random int4 weights in the shape of a config.json, random tokens, greedy, eos ignored. vLLM 0.32 has an int4 expert
 kernel for CPUs but does not offer it to a router with a correction bias, which only chooses the experts and is no
-matter of the kernel; the answer to that one question is replaced here, in this process, so that the kernel's speed shows.
+matter of the kernel; the answer to that one question is replaced here, in this process, so that its speed shows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 import time
+from typing import Any
 
 WARM_UP, TIMED = 4, 20
 
@@ -35,7 +36,7 @@ def main() -> None:
         enable_prefix_caching=False,
     )
     steps(llm, wanted, sequences=1, length=16, new=1)
-    measured = {"start": time.perf_counter() - started, "prefill": {}, "depths": {}, "sequences": {}}
+    measured: dict[str, Any] = {"start": time.perf_counter() - started, "prefill": {}, "depths": {}, "sequences": {}}
     for length in wanted["prefill"]:
         steps(llm, wanted, sequences=1, length=length, new=1)
         measured["prefill"][length] = length / sum(steps(llm, wanted, sequences=1, length=length, new=1))
@@ -47,13 +48,13 @@ def main() -> None:
         json.dump(measured, file)
 
 
-def decode(llm, wanted, *, sequences, depth):
+def decode(llm: Any, wanted: dict[str, Any], *, sequences: int, depth: int) -> float:
     """Tokens a second of all sequences together: the median step once all of them decode."""
     taken = steps(llm, wanted, sequences=sequences, length=max(1, depth), new=WARM_UP + TIMED)
     return sequences / statistics.median(taken[-TIMED:])
 
 
-def steps(llm, wanted, *, sequences, length, new):
+def steps(llm: Any, wanted: dict[str, Any], *, sequences: int, length: int, new: int) -> list[float]:
     """Seconds of each step of the engine, from the first to the last of these requests."""
     from vllm import SamplingParams
 
