@@ -87,9 +87,10 @@ async def _run(plan: LoadPlan, command: Sequence[str], events: LoadEvents) -> Lo
         await client.choose_model(plan.model)
         prompts = RandomPrompts(plan.seed)
         words = await _measure_words(client, prompts, plan.prompt_tokens)
-        for rate in plan.rates:
+        for place, rate in enumerate(plan.rates):
             events.begin(rate)
-            run = _RateRun(plan, client, prompts, words, rate, events.ended)
+            texts = [prompts.text(words, f"{place}/{number}") for number in range(plan.requests)]
+            run = _RateRun(plan, client, texts, rate, events.ended)
             try:
                 await run.send_all()
             except asyncio.CancelledError:  # Ctrl-C; whatever else might cancel wants the same: what there is
@@ -133,13 +134,11 @@ class _RateRun:
         self,
         plan: LoadPlan,
         client: LoadClient,
-        prompts: RandomPrompts,
-        words: int,
+        texts: Sequence[str],
         rate: float,
         ended: Callable[[RequestRecord], None],
     ) -> None:
-        self.plan, self.client, self.ended = plan, client, ended
-        self.texts = [prompts.text(words, f"{rate}/{number}") for number in range(plan.requests)]
+        self.plan, self.client, self.texts, self.ended = plan, client, texts, ended
         self.moments = arrivals(rate, plan.requests, plan.seed)
         self.places = asyncio.Semaphore(plan.concurrency or plan.requests)
         self.records: list[RequestRecord] = []

@@ -71,15 +71,31 @@ def _shown(plan: LoadPlan, *, table: bool) -> Iterator[LoadEvents]:
     from tern.bench.load import LoadEvents
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("counting words", total=plan.requests)
+    bar = Progress(
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # or the table would go where the bar goes
+        disable=not sys.stderr.isatty(),
+    )
+    task = bar.add_task("", total=plan.requests)
+    heading = [_heading()] if table else []
+
+    def begin(rate: float) -> None:
+        while heading:  # once, and not before the server has answered
+            typer.echo(heading.pop())
+        bar.reset(task, description=f"{rate:g} requests/s", total=plan.requests)
+        bar.start()
+
+    def result(found: RateResult) -> None:
+        bar.stop()
         if table:
-            typer.echo(_heading())
-        yield LoadEvents(
-            begin=lambda rate: bar.reset(task, description=f"{rate:g} requests/s", total=plan.requests),
-            ended=lambda _: bar.advance(task),
-            result=_print_row if table else lambda _: None,
-        )
+            _print_row(found)
+
+    try:
+        yield LoadEvents(begin=begin, ended=lambda _: bar.advance(task), result=result)
+    finally:
+        bar.stop()
 
 
 def _heading() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
@@ -84,19 +85,20 @@ def test_nothing_answered_has_no_percentiles() -> None:
 def test_a_run_sends_what_the_plan_says(endpoint: str, stand_in: StandInServer) -> None:
     ended: list[RequestRecord] = []
     events = LoadEvents(ended=ended.append)
-    rates = (500.0, math.inf)
+    rates = (500.0, math.inf, math.inf)
     report = run_load(plan(stand_in, endpoint=endpoint, rates=rates, api_key="k", concurrency=2), events=events)
     assert [(result.label, result.answered, result.failed) for result in report.results] == [
         ("500", 6, 0),
         ("inf", 6, 0),
+        ("inf", 6, 0),
     ]
-    assert len(ended) == 12
+    assert len(ended) == 18
     streamed = [body for body in stand_in.bodies if body.get("stream")]
-    assert len(streamed) == 12
+    assert len(streamed) == 18
     assert {body["max_tokens"] for body in streamed} == {4}
     assert all(body["ignore_eos"] and body["model"] == "ernie" for body in streamed)
     assert all(99 <= result.prompt_tokens <= 101 for result in report.results)
-    assert [result.output_tokens for result in report.results] == [4, 4]
+    assert [result.output_tokens for result in report.results] == [4, 4, 4]
     assert stand_in.keys == {"Bearer k"}
     assert len(set(stand_in.prompts)) == len(stand_in.prompts), "no prompt is sent twice"
     for result in report.results:
@@ -255,3 +257,20 @@ def test_keys_stay_out_of_the_report() -> None:
 def test_plans_are_checked() -> None:
     with pytest.raises(OptionError, match="--rates must be numbers above 0"):
         LoadPlan("http://x", rates=())
+
+
+def test_a_bar_on_the_terminal_leaves_the_table_alone(
+    stand_in: StandInServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    flags = ["--rates", "inf,inf", "--requests", "2", "--prompt-tokens", "20", "--output-tokens", "2"]
+    assert command("--url", stand_in.url, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["rate", "p50", "inf", "inf", "ernie"]
+    assert "inf requests/s" in screen.getvalue()
