@@ -110,8 +110,13 @@ class Destination:
         return [*self.pictures, figures]
 
 
-def page(title: str, subtitle: str, setting: Setting, panels: int) -> tuple[Figure, list[Axes]]:
-    """An empty page of some panels, with what was measured above them, and where, when and how below."""
+def page(
+    title: str, subtitle: str, setting: Setting, panels: int, *, measured: str = "on"
+) -> tuple[Figure, list[Axes]]:
+    """An empty page of some panels, with what was measured above them, and where, when and how below.
+
+    `measured` "on" a machine, or "from" one.
+    """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -120,7 +125,9 @@ def page(title: str, subtitle: str, setting: Setting, panels: int) -> tuple[Figu
     figure.text(0.01, 0.965, _one_line(title[:120]), fontsize=13, fontweight="bold", va="top")
     figure.text(0.01, 0.905, _one_line(subtitle), color="#555555", va="top")
     command = textwrap.shorten(setting.command, 190, placeholder=" ...")
-    machine = f"{setting.processor}, {setting.memory_gb:.0f} GB   tern {setting.tern}   {setting.date}"
+    machine = (
+        f"measured {measured} {setting.processor}, {setting.memory_gb:.0f} GB   tern {setting.tern}   {setting.date}"
+    )
     figure.text(0.01, 0.065, _one_line(machine), fontsize=8, color="#555555", va="top")
     figure.text(0.01, 0.03, _one_line(command), fontsize=8, color="#555555", va="top")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])

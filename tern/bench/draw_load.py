@@ -23,7 +23,7 @@ def load_figure(report: LoadReport) -> Figure:
         f"tokens in, {report.output_tokens} out. Failed requests count in none."
     )
     title = f"{report.model} under load" + (" (interrupted)" if report.interrupted else "")
-    figure, panels = page(title, subtitle, report.setting, 4)
+    figure, panels = page(title, subtitle, report.setting, 4, measured="from")
     results = report.results
     _spreads(panels[0], results, [result.first_token for result in results])
     finish(panels[0], title="Time to first token", x=RATE, y="seconds")

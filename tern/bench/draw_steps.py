@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from tern.bench.draw import COLOURS, MARKS, finish, number, page, ticks
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from tern.bench.report import BenchReport, BenchResult
 
-MOST_LINES = len(COLOURS)
 Number = Callable[["BenchResult"], int]
 
 
@@ -64,8 +64,8 @@ def _panel(axes: Axes, results: list[BenchResult], *, x: Number, line: Number, l
     """A line for each value of `line` over the values of `x`, and its limit dashed in the same colour."""
     places = {value: place for place, value in enumerate(sorted({x(result) for result in results}))}
     ticks(axes, [number(value) for value in places])
-    lines = sorted({line(result) for result in results})[:MOST_LINES]
-    for value, colour, mark in zip(lines, COLOURS, MARKS, strict=False):
+    lines = sorted({line(result) for result in results})
+    for value, colour, mark in zip(lines, cycle(COLOURS), cycle(MARKS), strict=False):
         points = sorted((result for result in results if line(result) == value), key=x)
         across = [places[x(result)] for result in points]
         speeds = [result.tokens_per_s for result in points]

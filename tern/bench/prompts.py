@@ -37,13 +37,13 @@ class RandomPrompts:
 
 
 class WordCount:
-    """How many words make a prompt of `wanted` tokens: a line through what a server counted."""
+    """How many words make a prompt of `wanted` tokens: a line through what a server counts for `first` and `second`."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted = wanted
+        # Two short prompts to have counted: how long a word is in tokens is not known yet.
         self.first = max(1, wanted // 16)
         self.second = max(self.first + 1, wanted // 4)
-        """Words of the two prompts to have counted: short, since how long a word is in tokens is not known yet."""
 
     def words(self, first_tokens: int, second_tokens: int) -> int:
         """The words wanted, from what the two prompts came to in tokens; at least one."""

@@ -140,3 +140,9 @@ def test_loading_a_server_needs_no_torch_and_timing_no_matplotlib() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_no_line_is_left_out() -> None:
+    many = [BenchResult("decode", 1, 2**power, 0, 10.0 * power, 0.5, 0.1) for power in range(9)]
+    figure = steps_figure(report(results=many))
+    assert len(figure.axes[0].get_legend_handles_labels()[1]) == 9
