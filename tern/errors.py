@@ -11,6 +11,7 @@ TernError
 ├── CheckpointError            the files of a model are wrong or missing
 │   ├── UnsupportedConfigError   config.json asks for what Tern lacks
 │   └── HubError               a download could not be done
+├── RemoteServerError          a server that is measured cannot be used
 └── OptionError                an option of a command or constructor is wrong
 ```
 
@@ -82,6 +83,10 @@ class UnsupportedConfigError(CheckpointError):
 
 class HubError(CheckpointError):
     """A checkpoint could not be downloaded."""
+
+
+class RemoteServerError(TernError):
+    """A server that `tern bench` is to load cannot be reached, or answers what no such server should."""
 
 
 class OptionError(TernError):

@@ -2,41 +2,73 @@
 
 from __future__ import annotations
 
-import os
 import platform
+import shlex
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 
+from tern import __version__
+from tern.bench import hardware
 from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
-from tern.engine.cache_size import free_memory, token_bytes
+from tern.checkpoint.quantisation import check_quantization
+from tern.engine.cache_size import MOST_MEMORY_SHARE, free_memory, token_bytes
+from tern.errors import OptionError
 from tern.ops import cpu
 
 RUNNING_BYTES = 1_500_000_000
 """Memory that Python, torch and a step's activations take beside weights and cache, about."""
+PORTS = (8000, 8180)
+"""Where `tern serve` and `make serve` listen unless told otherwise."""
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "fastapi", "triton")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA card as torch sees it: its compute capability, memory in 10^9 bytes."""
+
+    name: str
+    capability: str
+    memory_gb: float
+    free_gb: float
 
 
 @dataclass(frozen=True)
 class MachineReport:
-    """`isa`: the kernels that will run, of the `available` ones. Memory in 10^9 bytes, within the control group."""
+    """`isa`: the kernels that will run, of the `available` ones; `flags`: what the processor has of what they need.
+
+    Sizes in 10^9 bytes: `memory_limit_gb` is the control group's, None without one; `free_gb` lies within it;
+    `disk_free_gb` is free in `downloads`, where models of a hub go. `free_ports`: those of `PORTS` nobody listens on.
+    `versions`: of Python, Tern and the packages that matter, those that are installed.
+    """
 
     processor: str
     processors: int
     threads: int
     isa: str
     available: list[str]
+    flags: list[str]
+    gpus: list[Gpu]
     memory_gb: float
+    memory_limit_gb: float | None
     free_gb: float
-    torch: str
-    python: str
+    downloads: str
+    disk_free_gb: float
+    free_ports: list[int]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One precision of a model: sizes in 10^9 bytes, and the longest context in tokens, 0 if the weights do not fit."""
+    """One precision of a model on one device: sizes in 10^9 bytes, and the longest context in tokens, prompt and answer
+    together, that the default cache holds; 0 if the weights do not fit.
+    """
 
+    device: str
     precision: str
     weights_gb: float
     kv_gb_per_1000_tokens: float
@@ -46,12 +78,18 @@ class Fit:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `tern doctor --json` prints."""
+    """What `tern doctor --json` prints.
+
+    `download_gb`: what has to be downloaded before the model runs, 10^9 bytes in bfloat16, None if it is here.
+    `advice`: the command that serves the most precise of `fits` with the longest context; None if none fits.
+    """
 
     machine: MachineReport
     model: str | None
     max_positions: int | None
+    download_gb: float | None
     fits: list[Fit]
+    advice: str | None
 
     def as_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -59,41 +97,104 @@ class Diagnosis:
 
 
 def diagnose(source: ModelSource | None) -> Diagnosis:
-    """Describe this machine, and what of `source` fits on it in each precision."""
+    """Describe this machine, and what of `source` fits on it in each precision; its weights need not be here."""
+    machine = describe_machine()
+    if source is None:
+        return Diagnosis(machine, None, None, None, [], None)
+    stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
+    precisions = [stored] if stored else [None, *reversed(QUANTIZATIONS)]
+    devices = [*(torch.device("cuda", number) for number in range(len(machine.gpus))), torch.device("cpu")]
+    fits = [_fit(source, wanted, device) for device in devices for wanted in precisions if _runs(wanted, device)]
+    positions = source.config.max_position_embeddings
+    # A directory's name holds no slash, and is not how it can be found again.
+    model = source.name if "/" in source.name or source.synthetic_seed is not None else str(source.directory)
+    advice = _advice(model, positions, fits, packed=stored is not None)
+    return Diagnosis(machine, source.name, positions, _download_gb(source), fits, advice)
+
+
+def describe_machine() -> MachineReport:
+    """What this machine has, what of it is free, and which kernels run on it."""
     kernels = cpu.machine()
-    free = free_memory(torch.device("cpu"))
-    machine = MachineReport(
-        processor=_processor(),
+    downloads, limit = Path(constants.HF_HUB_CACHE), hardware.memory_limit()
+    return MachineReport(
+        processor=hardware.processor_name(),
         processors=cpu.usable_processors(),
         threads=kernels.threads,
         isa=kernels.name,
         available=[found.name for found in cpu.instruction_sets() if found.available],
-        memory_gb=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9,
-        free_gb=free / 1e9,
-        torch=torch.__version__,
-        python=platform.python_version(),
+        flags=hardware.processor_flags(),
+        gpus=_gpus(),
+        memory_gb=hardware.memory_bytes() / 1e9,
+        memory_limit_gb=None if limit is None else limit / 1e9,
+        free_gb=free_memory(torch.device("cpu")) / 1e9,
+        downloads=str(downloads),
+        disk_free_gb=hardware.disk_free(downloads) / 1e9,
+        free_ports=[port for port in PORTS if hardware.port_is_free(port)],
+        versions={"python": platform.python_version(), "tern": __version__, **_versions()},
     )
-    if source is None:
-        return Diagnosis(machine, None, None, [])
-    stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
-    precisions = [stored] if stored else [None, *reversed(QUANTIZATIONS)]
-    fits = [_fit(source, precision, free) for precision in precisions]
-    return Diagnosis(machine, source.name, source.config.max_position_embeddings, fits)
 
 
-def _fit(source: ModelSource, quantization: str | None, free: int) -> Fit:
+def _gpus() -> list[Gpu]:
+    """The cards that torch can use, in its order."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        free, total = torch.cuda.mem_get_info(number)
+        found.append(Gpu(properties.name, f"{properties.major}.{properties.minor}", total / 1e9, free / 1e9))
+    return found
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _runs(quantization: str | None, device: torch.device) -> bool:
+    """Whether weights of this precision run on the device."""
+    if quantization is None:
+        return True
+    try:
+        check_quantization(quantization, device)
+    except OptionError:
+        return False
+    return True
+
+
+def _fit(source: ModelSource, quantization: str | None, device: torch.device) -> Fit:
     weights = weight_bytes(source.config, torch.bfloat16, quantization)
     per_token = token_bytes(source.config, torch.bfloat16)
-    room = max(0, free - weights - RUNNING_BYTES)
+    left = free_memory(device) - weights
+    room = max(0, min(left - RUNNING_BYTES, int(left * MOST_MEMORY_SHARE)))
     longest = min(source.config.max_position_embeddings, room // per_token)
-    return Fit(quantization or "bfloat16", weights / 1e9, per_token / 1e6, longest, longest > 0)
+    return Fit(str(device), quantization or "bfloat16", weights / 1e9, per_token / 1e6, longest, longest > 0)
 
 
-def _processor() -> str:
-    """The processor as the system names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _advice(model: str, positions: int, fits: list[Fit], *, packed: bool) -> str | None:
+    """How to serve what fits best: the whole context before precision, a card before the processor."""
+    usable = [fit for fit in fits if fit.fits]
+    if not usable:
+        return None
+    best = max(usable, key=lambda fit: fit.longest_context)  # the first of equals, and the most precise come first
+    parts = ["tern serve", shlex.quote(model)]
+    if best.precision in QUANTIZATIONS and not packed:
+        parts.append(f"--quantization {best.precision}")
+    if best.longest_context < positions:
+        parts.append(f"--max-model-len {_rounded(best.longest_context)}")
+    return " ".join(parts)
+
+
+def _rounded(tokens: int) -> int:
+    """A little less, in whole thousands where there are any: memory that is free now may not all be in a minute."""
+    return tokens // 1024 * 1024 or tokens
+
+
+def _download_gb(source: ModelSource) -> float | None:
+    present = source.synthetic_seed is not None or any(source.directory.glob("*.safetensors"))
+    return None if present else weight_bytes(source.config, torch.bfloat16, None) / 1e9

@@ -14,10 +14,13 @@ import torch
 
 from tern import ops
 from tern.bench.limits import MachineLimits, Work, measure_machine, step_work
+from tern.bench.overhead import ROOM, TimedModel, overhead_share
+from tern.bench.setting import Setting
 from tern.checkpoint import ModelSource, load_tensors
+from tern.engine import Engine, EngineOptions
 from tern.engine.cache_size import free_memory, token_bytes
 from tern.errors import OptionError
-from tern.model import Batch, ErnieConfig, ErnieModel, KVCache
+from tern.model import Batch, ErnieConfig
 
 BLOCK_SIZE = 16
 CHUNK = 2048  # most tokens of one step; a longer prompt is timed as steps of so many
@@ -30,7 +33,8 @@ class BenchResult:
 
     "prefill": `tokens` of a prompt after `depth` others, in steps of at most `CHUNK`; "decode": one token for each of
     `sequences` that hold `depth` tokens each. `tokens_per_s` counts all sequences, from the median step.
-    `limit_share`: the least time that this machine could take, over the time taken.
+    `limit_share`: the least time that this machine could take, over the time taken. `overhead_share`: of a decode step
+    in the engine, the share that is not the network's (scheduling, packing, sampling, delivering); None for prefill.
     """
 
     kind: str
@@ -39,6 +43,7 @@ class BenchResult:
     depth: int
     tokens_per_s: float
     limit_share: float
+    overhead_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class BenchReport:
 
     model: str
     quantization: str | None
+    setting: Setting
     machine: MachineLimits
     results: list[BenchResult]
     load_s: float
@@ -58,14 +64,28 @@ class BenchReport:
 
 
 class Bench:
-    """A network with a cache that holds random keys and values, so that any depth costs nothing to reach."""
+    """A network with a cache that holds random keys and values, so that any depth costs nothing to reach.
 
-    def __init__(self, config: ErnieConfig, tensors: Mapping[str, ops.Weight], most_tokens: int) -> None:
+    The cache holds `most_tokens`, and `ROOM` more for each of `most_sequences`; it is the cache of an engine, so that
+    the engine's own steps can be timed at the same depths.
+    """
+
+    def __init__(
+        self, config: ErnieConfig, tensors: Mapping[str, ops.Weight], most_tokens: int, most_sequences: int = 1
+    ) -> None:
         self.config, self.tensors = config, tensors
-        self.model = ErnieModel(config, tensors)
-        blocks = -(-most_tokens // BLOCK_SIZE) + 1
-        size = {"num_blocks": blocks, "block_size": BLOCK_SIZE}
-        self.kv = KVCache.allocate(config, **size, dtype=self.model.dtype, device=self.model.device)
+        self.model = TimedModel(config, tensors)
+        blocks = -(-most_tokens // BLOCK_SIZE) + most_sequences * (ROOM // BLOCK_SIZE + 1)
+        options = EngineOptions(
+            max_model_len=min(config.max_position_embeddings, blocks * BLOCK_SIZE),
+            max_num_seqs=most_sequences,
+            max_num_batched_tokens=min(max(most_tokens, most_sequences), 2**20),
+            block_size=BLOCK_SIZE,
+            num_kv_blocks=blocks,
+            enable_prefix_caching=False,
+        )
+        self.engine = Engine(self.model, (), options)
+        self.kv = self.engine.runner.kv
         noise = torch.randn(self.kv.values[0].numel(), generator=torch.Generator().manual_seed(0))
         for cache in (self.kv.keys, self.kv.values):
             for layer in cache:
@@ -123,7 +143,8 @@ class Bench:
             self.seconds(sequences, 1, depth)
         taken = statistics.median([self.seconds(sequences, 1, depth) for _ in range(DECODE_STEPS)])
         least = self.work(sequences, 1, depth).seconds(limits)
-        return BenchResult("decode", 1, sequences, depth, sequences / taken, least / taken)
+        overhead = overhead_share(self.engine, self.model, sequences, depth)
+        return BenchResult("decode", 1, sequences, depth, sequences / taken, least / taken, overhead)
 
 
 def run_bench(
@@ -133,10 +154,13 @@ def run_bench(
     prefill: Sequence[int],
     decode: Sequence[int],
     depths: Sequence[int],
+    command: Sequence[str] = (),
     on_result: Callable[[BenchResult], None] = lambda _: None,
     progress: bool = True,
 ) -> BenchReport:
     """Measure the machine, load the network and time every wanted step on it.
+
+    `command` is what the report says it was made with.
 
     Raises `OptionError` if a depth goes beyond the model's positions or its cache beyond free memory.
     """
@@ -152,20 +176,22 @@ def run_bench(
     tensors = load_tensors(source, quantization=quantization, progress=progress)
     load_seconds = time.perf_counter() - started
     needed = max([most, *(sequences * (depth + 1 + BLOCK_SIZE) for sequences in decode for depth in depths)])
+    most_sequences = max([1, *decode])
     embedding = tensors["embed"]
     assert isinstance(embedding, torch.Tensor)
-    cache_bytes, free = needed * token_bytes(source.config, embedding.dtype), free_memory(embedding.device)
+    cache_bytes = (needed + most_sequences * (ROOM + BLOCK_SIZE)) * token_bytes(source.config, embedding.dtype)
+    free = free_memory(embedding.device)
     if cache_bytes > free:
         raise OptionError(
             f"The KV cache of these runs takes {cache_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
             "lower --depth, --decode or --prefill."
         )
-    bench = Bench(source.config, tensors, needed)
+    bench = Bench(source.config, tensors, needed, most_sequences)
     results = []
     for result in _results(bench, limits, prefill, decode, depths):
         on_result(result)
         results.append(result)
-    return BenchReport(source.name, quantization, limits, results, load_seconds, peak_rss() / 1e9)
+    return BenchReport(source.name, quantization, Setting.now(command), limits, results, load_seconds, peak_rss() / 1e9)
 
 
 def _results(

@@ -28,6 +28,8 @@ from tern.errors import HubError
 
 # What running a checkpoint takes: weights, descriptions, template, tokenizer. Never code, never pickles.
 ALLOWED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+# What says which network a model is, and nothing that is large.
+DESCRIPTION_FILES = ["config.json", "generation_config.json"]
 # Copies in other formats and training states, which some repositories keep in folders.
 IGNORED_FILES = ["*/*"]
 
@@ -42,9 +44,12 @@ class _NoProgress(hub_tqdm):
         super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
 
-def download_snapshot(repo_id: str, *, revision: str | None, token: str | None, progress: bool) -> Path:
+def download_snapshot(
+    repo_id: str, *, revision: str | None, token: str | None, progress: bool, weights: bool = True
+) -> Path:
     """Bring the files of a model into the client's cache, unless they are there, and return their directory.
 
+    Without `weights` only `DESCRIPTION_FILES`.
     `revision` is a branch, tag or commit (None: `main`); `token` None takes the stored one or `HF_TOKEN`. A bar
     is shown if `progress` and stderr is a terminal. Without network, files that an earlier run downloaded are used.
 
@@ -56,7 +61,7 @@ def download_snapshot(repo_id: str, *, revision: str | None, token: str | None, 
                 repo_id,
                 revision=revision,
                 token=token,
-                allow_patterns=ALLOWED_FILES,
+                allow_patterns=ALLOWED_FILES if weights else DESCRIPTION_FILES,
                 ignore_patterns=IGNORED_FILES,
                 tqdm_class=hub_tqdm if progress and sys.stderr.isatty() else _NoProgress,
             )

@@ -58,12 +58,14 @@ def resolve_model(
     revision: str | None = None,
     token: str | None = None,
     progress: bool = True,
+    weights: bool = True,
 ) -> ModelSource:
     """Find the model that `model` names, downloading it if it is a hub id, and read its configuration.
 
     `model` is None (the embedded model), a directory, `dummy:PRESET` or `dummy:/path/to/config.json` (either with
     `?seed=N`), or a hub id `owner/name`, of which `revision` names the branch, tag or commit and `token` opens a
-    private or gated one. `progress` shows a bar while downloading.
+    private or gated one. `progress` shows a bar while downloading. Without `weights` only the descriptions of a hub
+    model are downloaded: enough to say what it is, not to load it.
 
     Raises `CheckpointError` if there is no such model or its configuration is unreadable, `UnsupportedConfigError` if
     Tern does not run that network, `HubError` if it cannot be downloaded, `OptionError` for a revision that does not
@@ -81,7 +83,7 @@ def resolve_model(
         # Imported here: most models are local, and the hub's client takes its time to import.
         from tern.checkpoint.hub import download_snapshot
 
-        directory = download_snapshot(model, revision=revision, token=token, progress=progress)
+        directory = download_snapshot(model, revision=revision, token=token, progress=progress, weights=weights)
         return _directory_source(directory, model)
     else:
         raise CheckpointError(_explain_unknown(model))

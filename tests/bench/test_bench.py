@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from tern.bench import MachineLimits, diagnose, measure_machine, run_bench, step_work
+from tern.bench import MachineLimits, measure_machine, run_bench, step_work
 from tern.bench.limits import Work
+from tern.bench.overhead import ROOM, overhead_share
 from tern.bench.report import Bench
-from tern.checkpoint import PRESETS, load_tensors, resolve_model, weight_bytes
+from tern.checkpoint import PRESETS, load_tensors, resolve_model
+from tern.cli import main
+from tern.engine.sampler import Sampler
 from tern.errors import OptionError
-from tern.model import ErnieModel, KVCache
+from tern.model import Batch, ErnieModel, KVCache
 from tern.ops import cpu
 
 
@@ -89,9 +92,53 @@ def test_the_report_is_whole() -> None:
         *[("prefill", 5, 1, 20), ("prefill", 40, 1, 20), ("decode", 1, 1, 20), ("decode", 1, 3, 20)],
     ]
     assert all(r["tokens_per_s"] > 0 and r["limit_share"] > 0 for r in report["results"])
+    shares = [r["overhead_share"] for r in report["results"]]
+    assert [share is None for share in shares] == [True, True, False, False] * 2
+    assert all(0 < share < 1 for share in shares if share is not None)
     assert {"read_gb_s", "int8_tops", "isa", "threads"} == set(report["machine"])
     assert report["load_s"] > 0
     assert 0.05 < report["peak_rss_gb"] < 100
+
+
+@pytest.mark.parametrize("depth", [0, 1, 40, 8191])
+def test_a_step_in_the_engine_is_timed_at_the_same_depth(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve_model("dummy:tiny")
+    bench = Bench(source.config, load_tensors(source, quantization="wint4"), 2 * (depth + 17), 2)
+    rows: list[list[int]] = []
+    hidden = ErnieModel.hidden
+
+    def record(model: ErnieModel, batch: Batch, kv: KVCache) -> torch.Tensor:
+        rows.append(batch.context_lens.tolist())
+        return hidden(model, batch, kv)
+
+    monkeypatch.setattr(ErnieModel, "hidden", record)
+    assert 0 < overhead_share(bench.engine, bench.model, 2, depth) < 1
+    assert {len(lengths) for lengths in rows} == {2}
+    first = min(max(1, depth), 8192 - ROOM) + (0 if depth < 2 else 1)  # a longer prompt is not read, only taken
+    assert rows[0] == [first, first]
+    assert len(rows) >= 18
+    assert not bench.engine.has_work
+    bench.engine.check_integrity()
+
+
+def test_the_engine_s_share_is_what_its_model_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def taking(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*arguments)
+
+        return timed
+
+    monkeypatch.setattr("tern.bench.overhead.time.perf_counter", lambda: now)
+    monkeypatch.setattr(ErnieModel, "hidden", taking(5.0, ErnieModel.hidden))
+    monkeypatch.setattr(ErnieModel, "logits", taking(1.0, ErnieModel.logits))
+    monkeypatch.setattr(Sampler, "sample", taking(2.0, Sampler.sample))
+    source = resolve_model("dummy:tiny")
+    bench = Bench(source.config, load_tensors(source, quantization="wint4"), 40)
+    assert overhead_share(bench.engine, bench.model, 1, 4) == 0.25
 
 
 def test_what_does_not_fit_is_said_before_it_is_loaded() -> None:
@@ -101,33 +148,18 @@ def test_what_does_not_fit_is_said_before_it_is_loaded() -> None:
         run_bench(source, quantization="wint4", prefill=[], decode=[1], depths=[131072])
 
 
-def test_the_commands() -> None:
+def test_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     run = tern("bench", "--model", "dummy:tiny", "--quantization", "wint4", "--prefill", "8", "--decode", "1", "--json")
     assert run.returncode == 0, run.stderr
     assert len(json.loads(run.stdout)["results"]) == 2
-    plain = tern("bench", "--prefill", "", "--decode", "2")
-    assert "2 sequences" in plain.stdout
-    assert "of the limit" in plain.stdout
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--prefill", "", "--decode", "2"])
+    assert ended.value.code == 0
+    plain = capsys.readouterr().out
+    assert "2 sequences" in plain
+    assert "of the limit" in plain
     for wrong in (("--prefill", "many"), ("--decode", "0"), ("--depth", "-1"), ("--quantization", "int3")):
-        refused = tern("bench", *wrong)
-        assert refused.returncode == 2, wrong
-        assert refused.stderr.startswith("tern: ")
-
-
-def test_doctor_counts_what_would_be_loaded(tmp_path: Path) -> None:
-    source = resolve_model("dummy:tiny")
-    for quantization in (None, "wint8", "wint4"):
-        loaded = load_tensors(source, quantization=quantization, dtype=torch.bfloat16)
-        assert weight_bytes(source.config, torch.bfloat16, quantization) == sum(t.nbytes for t in loaded.values())
-    found = diagnose(source)
-    assert [fit.precision for fit in found.fits] == ["bfloat16", "wint8", "wint4"]
-    assert found.machine.isa == cpu.machine().name
-    assert all(fit.longest_context == source.config.max_position_embeddings for fit in found.fits)
-
-    quantised = tern("quantize", "dummy:tiny", str(tmp_path / "out"), "--bits", "4")
-    assert quantised.returncode == 0, quantised.stderr
-    assert "Try it: tern chat" in quantised.stderr
-    report = tern("doctor", str(tmp_path / "out"), "--json")
-    assert [fit["precision"] for fit in json.loads(report.stdout)["fits"]] == ["wint4"]
-    assert "kernels" in tern("doctor").stdout
-    assert tern("quantize", "dummy:tiny", str(tmp_path / "two"), "--bits", "2").returncode == 2
+        with pytest.raises(SystemExit) as ended:
+            main(["bench", *wrong])
+        assert ended.value.code == 2, wrong
+        assert capsys.readouterr().err.startswith("tern: ")

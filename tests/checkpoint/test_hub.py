@@ -22,6 +22,7 @@ from standin_hub import Repository, StandInHub
 
 from tern.checkpoint import hub as hub_module
 from tern.checkpoint import load_tensors, resolve_model
+from tern.cli import main
 from tern.errors import HubError
 
 MODEL = "tern/little-ernie"
@@ -89,6 +90,23 @@ def test_download_brings_a_model_that_loads(cache: Path) -> None:
     present = {path.name for path in source.directory.iterdir()}
     assert {"config.json", "tokenizer.json", CUT_SHARD} <= present
     assert not present & {"pytorch_model.bin", "modeling_ernie.py", "original", "README.md"}
+
+
+def test_doctor_downloads_the_description_only(hub: StandInHub, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", MODEL])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "download   0.0 GB in bfloat16" in said
+    assert f"try        tern serve {MODEL}" in said
+    fetched = [path.rsplit("/", 1)[-1] for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+    assert fetched == ["config.json"]
+    source = resolve_model(MODEL)
+    assert len(hub.transfers_of(CUT_SHARD)) == 1, "what doctor left in the cache is not taken for the whole model"
+    assert load_tensors(source)
+    with pytest.raises(SystemExit):
+        main(["doctor", MODEL])
+    assert "download " not in capsys.readouterr().out
 
 
 def test_second_run_transfers_nothing(hub: StandInHub) -> None:

@@ -276,7 +276,10 @@ def test_threads_are_bounded_by_the_processors() -> None:
     usable = cpu.usable_processors()
     assert cpu.choose_threads(None) == usable
     assert cpu.choose_threads("1") == 1
-    assert cpu.choose_threads("9" * 30) == usable
-    for wrong in ("0", "-1", "two", "1.5", "²"):
+    assert cpu.choose_threads(f"00{usable}") == usable
+    for many in (str(usable + 1), "9" * 30):
+        with pytest.raises(OptionError, match=f"may use {usable} processors.*choose at most {usable}"):
+            cpu.choose_threads(many)
+    for wrong in ("0", "000", "-1", "two", "1.5", "²"):
         with pytest.raises(OptionError, match="TERN_NUM_THREADS"):
             cpu.choose_threads(wrong)

@@ -63,17 +63,22 @@ def usable_processors() -> int:
 def choose_threads(wanted: str | None) -> int:
     """The `wanted` number of threads, or one for each usable processor.
 
-    More threads than processors would wait for each other at every layer, so there are never more. Raises
-    `OptionError` if `wanted` is no whole number above 0.
+    Raises `OptionError` if `wanted` is no whole number above 0, or more than there are processors: such threads would
+    wait for each other at every layer.
     """
     usable = usable_processors()
     if not wanted:
         return usable
-    if not (wanted.isascii() and wanted.isdigit()) or int(wanted[:9]) == 0:
+    if not (wanted.isascii() and wanted.isdigit()) or not wanted.strip("0"):
         raise OptionError(
             f"{NUM_THREADS} is {wanted[:40]!r}: it must be a whole number from 1 (here at most {usable})."
         )
-    return min(int(wanted[:9]), usable)
+    if len(wanted.lstrip("0")) > 9 or int(wanted) > usable:
+        raise OptionError(
+            f"{NUM_THREADS} is {wanted[:40]}, but this process may use {usable} processors, and more threads would "
+            f"wait for each other at every layer: choose at most {usable}, or leave it unset."
+        )
+    return int(wanted)
 
 
 @cache
