@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 MAX_ASIDE_BYTES = 64 * 2**20
 PAUSE_SECONDS = 60.0  # before a disk that took no more blocks is tried again
 FLUSH_SECONDS = 5.0  # that queued blocks get when the engine closes
+HANG_SECONDS = 1.0  # after which a writer that is late is left to its disk
 
 
 @dataclass
@@ -153,7 +154,7 @@ class DiskCache:
             if self._deadline is None:
                 self._deadline = time.monotonic() + FLUSH_SECONDS
             self._changed.notify_all()
-        self._writer.join(max(0.0, self._deadline - time.monotonic()) + 1.0)  # a disk may hang
+        self._writer.join(max(0.0, self._deadline - time.monotonic()) + HANG_SECONDS)
         with self._changed:
             if self._queue:
                 logger.warning("%d blocks of the KV cache were not written in time", len(self._queue))
