@@ -160,7 +160,7 @@ class BlockPool:
     def forget(self, sequence: Sequence) -> None:
         """Let the content of the sequence's blocks not be found again."""
         contents = self._drop_contents(sequence.block_table)
-        if self.store is not None:
+        if contents and self.store is not None:
             self.store.remove(contents)
 
     def release(self, sequence: Sequence) -> None:
@@ -203,9 +203,9 @@ class BlockPool:
 
     def _offer(self, sequence: Sequence, first: int, last: int) -> None:
         """Offer the sequence's blocks `first` to `last` to the store, those that are in the index themselves."""
-        if self.store is not None:
-            table = sequence.block_table[first:last]
-            self.store.offer([(block, self._content[block]) for block in table if block in self._content])
+        table = sequence.block_table[first:last]
+        if self.store is not None and (known := [block for block in table if block in self._content]):
+            self.store.offer([(block, self._content[block]) for block in known])
 
     def _drop_contents(self, blocks: Iterable[int]) -> list[CachedBlock]:
         """Take blocks out of the index -> what was found in them."""
