@@ -137,7 +137,7 @@ class BlockFiles:
 
         Raises `OSError` if that fails, and leaves nothing then.
         """
-        size = _disk_bytes(self.file_bytes(tokens))
+        size = disk_bytes(self.file_bytes(tokens))
         if self._used + size > self.limit_bytes or self._unseen > self.limit_bytes * UNSEEN_SHARE:
             self.make_room(size)
         stamp = self._stamp(parent)
@@ -253,7 +253,7 @@ class BlockFiles:
                     if not stat.S_ISREG(status.st_mode):
                         continue
                     if _BLOCK.fullmatch(entry.name):
-                        yield _Found(status.st_mtime_ns, _disk_bytes(status.st_size), entry.path)
+                        yield _Found(status.st_mtime_ns, disk_bytes(status.st_size), entry.path)
                     elif _PART.fullmatch(entry.name) and _is_abandoned(entry.path, status.st_mtime):
                         _unlink(entry.path)
             with suppress(OSError):
@@ -283,7 +283,8 @@ def _is_abandoned(path: str, changed: float) -> bool:
     return True
 
 
-def _disk_bytes(size: int) -> int:
+def disk_bytes(size: int) -> int:
+    """What a file of `size` bytes takes of the disk."""
     return -(-size // PAGE_BYTES) * PAGE_BYTES
 
 

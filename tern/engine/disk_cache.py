@@ -24,7 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tern import __version__
-from tern.engine.block_files import BlockFiles, open_directory
+from tern.engine.block_files import BlockFiles, disk_bytes, open_directory
 from tern.engine.block_pool import CachedBlock
 from tern.engine.options import DEFAULT_KV_CACHE_DIR_SIZE, EngineOptions
 from tern.errors import OptionError
@@ -96,7 +96,7 @@ class DiskCache:
         limit = options.kv_cache_dir_size or DEFAULT_KV_CACHE_DIR_SIZE
         name = fingerprint(options, model, kv, weights_identity)
         files = BlockFiles(open_directory(options.kv_cache_dir), name, content_bytes=kv.block_bytes, limit_bytes=limit)
-        needed = files.file_bytes(bytes(8 * kv.block_size))
+        needed = disk_bytes(files.file_bytes(bytes(8 * kv.block_size)))
         if needed > limit:
             raise OptionError(
                 f"kv_cache_dir_size is {limit} bytes, but a block of {kv.block_size} tokens takes {needed}: allow more."
