@@ -23,6 +23,12 @@ BLOCKS = 8
 PATIENCE = 60.0  # seconds; never reached unless something hangs
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a slow machine write all that is queued."""
+    monkeypatch.setattr(disk_cache, "FLUSH_SECONDS", PATIENCE)
+
+
 def make_kv() -> KVCache:
     """Two layers, one head; every block holds its own number."""
     numbers = torch.arange(float(BLOCKS)).view(1, BLOCKS, 1, 1, 1)

@@ -17,11 +17,17 @@ from engine_fakes import EOS, HashModel, Recorder, add, make_engine, make_reques
 from test_engine_model import ANSWER, PROMPTS, network, plain_answer
 
 from tern.checkpoint import resolve_model
-from tern.engine import Engine, EngineOptions, EngineService, FinishReason
+from tern.engine import Engine, EngineOptions, EngineService, FinishReason, disk_cache
 from tern.errors import OptionError
 
 SIZES = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
 DOCUMENT = [(number * 37) % 50 + 3 for number in range(70)]
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a slow machine write all that is queued."""
+    monkeypatch.setattr(disk_cache, "FLUSH_SECONDS", 60.0)
 
 
 def hashing(directory: Path, model: HashModel | None = None, *, identity: str = "a", **options: Any) -> Engine:
