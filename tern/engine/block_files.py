@@ -44,6 +44,7 @@ STEP_NS = 1000  # by which a block is older than the one before it
 PAGE_BYTES = 4096  # files take whole pages of the disk
 ABANDONED_SECONDS = 3600.0  # after which a .part counts as abandoned where files cannot be locked
 
+_READING = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe or a link would be no file of ours
 _FOLDER = re.compile(r"[0-9a-f]{64}")
 _BLOCK = re.compile(r"[0-9a-f]{64}\.kv")
 _PART = re.compile(r"[0-9a-f]{64}\.[0-9a-f]{8}\.part")
@@ -97,6 +98,18 @@ class BlockFiles:
         """Bytes of a block's file."""
         return len(MAGIC) + len(self._fingerprint) + 32 + len(tokens) + self._content_bytes + CHECKSUM_BYTES
 
+    def expect(self, digest: bytes) -> bool:
+        """Have the system fetch a block that will be read soon; False if it is not there."""
+        try:
+            file = os.open(self._path(digest), _READING)
+        except OSError as error:
+            return not isinstance(error, FileNotFoundError)  # what else is wrong, `read` will say
+        with suppress(OSError):
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
+        os.close(file)
+        return True
+
     def read(self, digest: bytes, tokens: bytes, into: memoryview) -> bool:
         """Read a block's content into `into` [content_bytes]; False if it is not there, and then `into` is undefined.
 
@@ -104,7 +117,7 @@ class BlockFiles:
         """
         path = self._path(digest)
         try:
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+            file = os.open(path, _READING)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -271,7 +284,7 @@ def _entries(directory: str | Path) -> list[os.DirEntry[str]]:
 def _is_abandoned(path: str, changed: float) -> bool:
     """Whether the writer of a `.part` is dead: its lock, which it takes for as long as it writes, is gone."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = os.open(path, _READING)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:

@@ -52,8 +52,8 @@ class BlockStore(Protocol):
     def remove(self, contents: Iterable[CachedBlock]) -> None:
         """Forget these."""
 
-    def restore(self, block: int, content: CachedBlock) -> bool:
-        """Fill a block with what is kept of `content`; False if there is nothing."""
+    def restore(self, blocks: Iterable[tuple[int, CachedBlock]]) -> int:
+        """Fill blocks with what is kept of their content, up to the first of which nothing is -> how many."""
 
 
 class BlockPool:
@@ -139,13 +139,14 @@ class BlockPool:
         """Fill the sequence's blocks behind its first `num_found`, which were found, from the store -> how many."""
         if self.store is None:
             return 0
-        index, end = num_found, self._num_reusable(sequence)
-        while index < end and self.store.restore(sequence.block_table[index], self._describe(sequence, index)):
-            index += 1
-        for restored in range(num_found, index):
-            self._enter(sequence, restored)
-        self._offer(sequence, 0, index)  # those that were found too: they are in use
-        return index - num_found
+        behind = range(num_found, self._num_reusable(sequence))
+        restored = self.store.restore(
+            (sequence.block_table[index], self._describe(sequence, index)) for index in behind
+        )
+        for index in behind[:restored]:
+            self._enter(sequence, index)
+        self._offer(sequence, 0, num_found + restored)  # those that were found too: they are in use
+        return restored
 
     def remember(self, sequence: Sequence, first_token: int) -> None:
         """Index the sequence's full blocks that end after position `first_token` and are computed."""

@@ -17,10 +17,11 @@ import json
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING
 
 from tern import __version__
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_ASIDE_BYTES = 64 * 2**20
+READ_AHEAD = 8  # files that the system fetches while one is read: alone, each would wait for the disk
 PAUSE_SECONDS = 60.0  # before a disk that took no more blocks is tried again
 FLUSH_SECONDS = 5.0  # that queued blocks get when the engine closes
 HANG_SECONDS = 1.0  # after which a writer that is late is left to its disk
@@ -70,7 +72,7 @@ class DiskCache:
         self._read_buffer = memoryview(bytearray(self._block_bytes))  # of the engine's thread
         self._write_buffer = memoryview(bytearray(self._block_bytes))  # of the writer
         self._changed = threading.Condition()  # guards what follows
-        self._queue: OrderedDict[bytes, _Job] = OrderedDict()  # by digest, a block after the one before it
+        self._queue: OrderedDict[bytes, _Job] = OrderedDict()  # by digest, each behind the one before it
         self._aside_bytes = 0
         self._paused_until: float | None = None
         self._deadline: float | None = None  # for the writer to be done, once the cache closes
@@ -109,8 +111,7 @@ class DiskCache:
             if self._deadline is not None or self._is_paused():
                 return
             for block, content in blocks:
-                self._queue.setdefault(content.digest, _Job(content, block))
-                self._queue.move_to_end(content.digest)
+                self._queue.setdefault(content.digest, _Job(content, block))  # keeps its place before those behind it
             self._changed.notify_all()
 
     def rescue(self, contents: Iterable[CachedBlock]) -> None:
@@ -136,8 +137,17 @@ class DiskCache:
                 self._queue[content.digest] = _Job(content, None)
             self._changed.notify_all()
 
-    def restore(self, block: int, content: CachedBlock) -> bool:
-        """Read a block's keys and values into the cache; False if there is no sound file of it."""
+    def restore(self, blocks: Iterable[tuple[int, CachedBlock]]) -> int:
+        """Read keys and values of a chain into its blocks, up to the first without a sound file -> how many."""
+        present = takewhile(lambda pair: self._files.expect(pair[1].digest), blocks)
+        window = deque(islice(present, READ_AHEAD))
+        count = 0
+        while window and self._read(*window.popleft()):
+            window.extend(islice(present, 1))
+            count += 1
+        return count
+
+    def _read(self, block: int, content: CachedBlock) -> bool:
         with self._changed:
             job = self._queue.get(content.digest)
             if job is not None and job.removes:

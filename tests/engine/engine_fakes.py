@@ -141,15 +141,18 @@ class MemoryStore:
         for content in contents:
             del self.kept[content.digest], self.places[content.digest]
 
-    def restore(self, block: int, content: CachedBlock) -> bool:
-        if content.digest not in self.kept:
-            return False
-        known, data = self.kept[content.digest]
-        assert known == content
-        self.calls.append(("restore", [block]))
-        if self.kv is not None:
-            self.kv.fill_block(block, memoryview(bytearray(data)))
-        return True
+    def restore(self, blocks: Iterable[tuple[int, CachedBlock]]) -> int:
+        filled = []
+        for block, content in blocks:
+            if content.digest not in self.kept:
+                break
+            known, data = self.kept[content.digest]
+            assert known == content
+            if self.kv is not None:
+                self.kv.fill_block(block, memoryview(bytearray(data)))
+            filled.append(block)
+        self.calls.append(("restore", filled))
+        return len(filled)
 
     def _bytes(self, block: int) -> bytes:
         if self.kv is None:

@@ -59,6 +59,7 @@ def test_a_block_is_read_back_by_another_process(tmp_path: Path) -> None:
     assert write(first, 1)
     assert read(store(tmp_path), 1) == CONTENT
     assert read(store(tmp_path), 2) is None
+    assert (store(tmp_path).expect(digest(1)), store(tmp_path).expect(digest(2))) == (True, False)
     assert path(tmp_path, 1).stat().st_size == first.file_bytes(TOKENS)
     assert names(tmp_path) == {f"{FINGERPRINT.hex()}/{digest(1).hex()}.kv"}
 
@@ -126,6 +127,7 @@ def test_what_is_no_file_is_ignored_and_left_alone(tmp_path: Path, kind: str, ca
         place.symlink_to(tmp_path / "elsewhere")
     else:
         os.mkfifo(place)
+    assert files.expect(digest(1))
     assert read(files, 1) is None
     assert read(files, 1) is None
     files.make_room(PLENTY)

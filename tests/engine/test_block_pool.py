@@ -143,7 +143,7 @@ def test_the_store_continues_what_memory_still_has() -> None:
     again = compute(pool, list(range(13)))
     table = again.block_table.tolist()
     assert again.num_cached_tokens == 12
-    assert [call for call in store.calls if call[0] == "restore"] == [("restore", [table[1]]), ("restore", [table[2]])]
+    assert ("restore", table[1:3]) in store.calls
     assert ("offer", table[:3]) in store.calls, "what was found counts as used too"
 
 
@@ -181,7 +181,7 @@ def test_the_store_hears_of_reuse_before_it_happens() -> None:
     pool.release(first)
     pool.release(compute(pool, [40]))
     pool.release(compute(pool, [41, 42]))  # takes the same block, which holds nothing now
-    assert store.calls == [("offer", blocks), ("rescue", blocks[1:])]
+    assert [call for call in store.calls if call[1]] == [("offer", blocks), ("rescue", blocks[1:])]
 
 
 def test_without_caching_there_is_no_store() -> None:

@@ -57,7 +57,7 @@ def kept(directory: Path, contents: list[CachedBlock]) -> list[float | None]:
     found: list[float | None] = []
     for content in contents:
         kv.keys[:, 7], kv.values[:, 7] = -1, -1
-        hit = cache.restore(7, content)
+        hit = cache.restore([(7, content)])
         found.append(float(kv.keys[0, 7, 0, 0, 0]) if hit else None)
         assert bool((kv.keys[:, 7] == (found[-1] if hit else -1)).all())
         assert bool((kv.values[:, 7] == (found[-1] + 0.5 if found[-1] is not None else -1)).all())
@@ -111,9 +111,28 @@ def test_a_block_with_a_file_is_not_written_again(tmp_path: Path) -> None:
         cache.close()
     assert cache.bytes_written == 0
     cache = DiskCache(make_kv(), make_files(tmp_path))
-    assert cache.restore(0, chain(3)[2])
+    assert cache.restore([(0, chain(3)[2])])
     assert cache.bytes_read == make_files(tmp_path).file_bytes(bytes(8))
     cache.close()
+
+
+@pytest.mark.parametrize("missing", [None, 0, 3, 4, 19])
+def test_a_chain_is_read_up_to_its_first_gap_and_not_beyond(tmp_path: Path, missing: int | None) -> None:
+    """Longer than what is read ahead; each block goes to its own place."""
+    contents, kv = chain(20), make_kv()
+    cache = DiskCache(kv, make_files(tmp_path))
+    cache.offer([(content.tokens[0] % BLOCKS, content) for content in contents])
+    cache.close()
+    if missing is not None:
+        make_files(tmp_path).remove(contents[missing].digest)
+    for part in (kv.keys, kv.values):
+        part.fill_(-1)
+    places = [BLOCKS - 1 - number % BLOCKS for number in range(20)]
+    count = cache.restore(zip(places, contents, strict=True))
+    assert count == (20 if missing is None else missing)
+    for place in range(BLOCKS):
+        filled = [number % BLOCKS for number in range(count) if places[number] == place]
+        assert float(kv.keys[1, place, 0, 2, 3]) == (filled[-1] if filled else -1)
 
 
 def test_a_hole_in_a_chain_is_mended_when_the_chain_is_offered_again(tmp_path: Path) -> None:
@@ -123,6 +142,13 @@ def test_a_hole_in_a_chain_is_mended_when_the_chain_is_offered_again(tmp_path: P
         offer(cache, [content for content in contents if content is not dropped])
         cache.close()
         assert kept(tmp_path, contents) == ([0, None, None, None] if dropped else [0, 1, 2, 3])
+
+
+def test_a_shared_beginning_offered_again_does_not_fall_behind_what_follows_it(tmp_path: Path) -> None:
+    with held(tmp_path, make_kv()) as (cache, _):
+        offer(cache, chain(4))
+        offer(cache, chain(2))
+    assert kept(tmp_path, chain(4)) == [0, 1, 2, 3]
 
 
 def test_a_queued_block_that_is_reused_keeps_its_content(tmp_path: Path) -> None:
@@ -155,11 +181,11 @@ def test_what_must_not_be_found_is_in_no_file_whenever_it_is_said(tmp_path: Path
         offer(cache, contents)
         cache.remove([contents[0], contents[3]])  # one is being written, one is queued
         offer(cache, contents)
-        assert not cache.restore(5, contents[0])
-    assert kept(tmp_path / "other", contents) == [None] * 5, "nothing is found behind a block that is not there"
+        assert not cache.restore([(5, contents[0])])
+    assert kept(tmp_path / "other", contents) == [None, 1, 2, None, None]
     cache = DiskCache(make_kv(), make_files(tmp_path))
     cache.remove(contents[1:2])
-    assert not cache.restore(5, contents[1])
+    assert not cache.restore([(5, contents[1])])
     cache.close()
     assert kept(tmp_path, contents[:2]) == [0, None]
 
@@ -245,5 +271,5 @@ def test_a_defect_of_the_writer_stops_it_alone(
     offer(cache, chain(2))
     cache.rescue(chain(2))
     cache.remove(chain(2))
-    assert not cache.restore(0, chain(1)[0])
+    assert not cache.restore([(0, chain(1)[0])])
     cache.close()
