@@ -74,6 +74,7 @@ class DiskCache:
         self._changed = threading.Condition()  # guards what follows
         self._queue: OrderedDict[bytes, _Job] = OrderedDict()  # by digest, each behind the one before it
         self._aside_bytes = 0
+        self._unsound: set[bytes] = set()  # files that were, and those behind them that have been written again
         self._paused_until: float | None = None
         self._deadline: float | None = None  # for the writer to be done, once the cache closes
         self._writer = threading.Thread(target=self._run, name="tern-kv-writer", daemon=True)
@@ -142,7 +143,11 @@ class DiskCache:
         present = takewhile(lambda pair: self._files.expect(pair[1].digest), blocks)
         window = deque(islice(present, READ_AHEAD))
         count = 0
-        while window and self._read(*window.popleft()):
+        while window:
+            block, content = window.popleft()
+            if not self._read(block, content):
+                self._unsound.add(content.digest)
+                break
             window.extend(islice(present, 1))
             count += 1
         return count
@@ -214,7 +219,7 @@ class DiskCache:
                 self._files.remove(content.digest)
             finally:
                 self._take(job)
-        elif self._files.renew(content.digest, content.parent):
+        elif not self._is_doubtful(content) and self._files.renew(content.digest, content.parent):
             self._take(job)
         elif (data := self._take(job)) is not None and self._files.write(
             content.digest, content.parent, content.tokens, data
@@ -222,6 +227,16 @@ class DiskCache:
             self.bytes_written += self._files.file_bytes(content.tokens)
             with self._changed:
                 self._paused_until = None
+
+    def _is_doubtful(self, content: CachedBlock) -> bool:
+        """Whether a block stands behind one whose file was not sound, and has not been written again since.
+
+        What spoilt one file of a chain may have spoilt all, and those behind the first are not read any more.
+        """
+        doubtful = content.parent in self._unsound and content.digest not in self._unsound
+        if doubtful:
+            self._unsound.add(content.digest)
+        return doubtful
 
     def _take(self, job: _Job) -> memoryview | None:
         """Take a job out of the queue -> its block's bytes; None if it is not there any more, or removes a file."""

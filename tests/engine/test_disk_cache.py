@@ -135,6 +135,34 @@ def test_a_chain_is_read_up_to_its_first_gap_and_not_beyond(tmp_path: Path, miss
         assert float(kv.keys[1, place, 0, 2, 3]) == (filled[-1] if filled else -1)
 
 
+def test_behind_a_damaged_block_all_are_written_again_once(tmp_path: Path) -> None:
+    contents, size = chain(6), make_files(tmp_path).file_bytes(bytes(8))
+    cache = DiskCache(make_kv(), make_files(tmp_path))
+    offer(cache, contents)
+    cache.close()
+    for file in sorted(tmp_path.rglob("*.kv"))[2:5]:
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    cache = DiskCache(make_kv(), make_files(tmp_path))
+    assert cache.restore(enumerate(contents)) == 2
+    offer(cache, contents)
+    wait_until_taken(cache)
+    offer(cache, contents)
+    cache.close()
+    assert cache.bytes_written == 4 * size
+    assert kept(tmp_path, contents) == [0, 1, 2, 3, 4, 5]
+
+
+def wait_until_taken(cache: DiskCache) -> None:
+    """Until nothing is queued, though the last block may still be on its way."""
+    waiting = threading.Event()
+    for _ in range(int(PATIENCE / 0.002)):
+        with cache._changed:
+            if not cache._queue:
+                return
+        waiting.wait(0.002)
+    raise AssertionError("the writer did not finish")
+
+
 def test_a_hole_in_a_chain_is_mended_when_the_chain_is_offered_again(tmp_path: Path) -> None:
     contents = chain(4)
     for dropped in (contents[1], None):
