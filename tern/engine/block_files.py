@@ -104,8 +104,8 @@ class BlockFiles:
             file = os.open(self._path(digest), _READING)
         except OSError as error:
             return not isinstance(error, FileNotFoundError)  # what else is wrong, `read` will say
-        with suppress(OSError):
-            if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # it is no file
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
         os.close(file)
         return True
@@ -315,4 +315,5 @@ def _unlink(path: str | Path) -> bool:
 def _leave_page_cache(file: int) -> None:
     """Begin to write what is not yet on the disk, and let memory go for what the cache of the engine holds anyway."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # it is no file, or a file system without a cache
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -107,7 +107,7 @@ class DiskCache:
         return cls(kv, files)
 
     def offer(self, blocks: Iterable[tuple[int, CachedBlock]]) -> None:
-        """Queue computed blocks, each after the one before it; those with a file count as used now."""
+        """Queue blocks, each after the one before it; those that have a file count as used now."""
         with self._changed:
             if self._deadline is not None or self._is_paused():
                 return
@@ -146,7 +146,8 @@ class DiskCache:
         while window:
             block, content = window.popleft()
             if not self._read(block, content):
-                self._unsound.add(content.digest)
+                with self._changed:
+                    self._unsound.add(content.digest)
                 break
             window.extend(islice(present, 1))
             count += 1
@@ -233,9 +234,10 @@ class DiskCache:
 
         What spoilt one file of a chain may have spoilt all, and those behind the first are not read any more.
         """
-        doubtful = content.parent in self._unsound and content.digest not in self._unsound
-        if doubtful:
-            self._unsound.add(content.digest)
+        with self._changed:
+            doubtful = content.parent in self._unsound and content.digest not in self._unsound
+            if doubtful:
+                self._unsound.add(content.digest)
         return doubtful
 
     def _take(self, job: _Job) -> memoryview | None:
