@@ -5,6 +5,7 @@ requests and no arithmetic. Only safetensors and JSON are ever read: no pickle, 
 """
 
 from tern.checkpoint.generation import GenerationConfig
+from tern.checkpoint.identity import weights_identity
 from tern.checkpoint.loader import load_model, load_tensors, quantise_checkpoint
 from tern.checkpoint.presets import PRESETS
 from tern.checkpoint.quantisation import QUANTIZATIONS, weight_bytes
@@ -21,4 +22,5 @@ __all__ = [
     "quantise_checkpoint",
     "resolve_model",
     "weight_bytes",
+    "weights_identity",
 ]

@@ -10,6 +10,9 @@ from tern.errors import OptionError
 PARSER_NAMES = ("ernie_x1", "ernie-x1", "ernie45", "ernie_45", "ernie-45")
 """What FastDeploy and vLLM call the parser of this model; Tern has one parser, and it is always on."""
 
+UNITS = {"GB": 10**9, "GiB": 2**30}
+MAX_SIZE = 2**20
+
 
 def with_dashes(arguments: Sequence[str]) -> list[str]:
     """The arguments with `--some_flag` written `--some-flag`, values untouched, up to a bare `--`."""
@@ -35,6 +38,15 @@ def check_parallelism(flag: str, size: int) -> None:
     """Refuse a split over several devices."""
     if size != 1:
         raise OptionError(f"{flag} is {size}: Tern runs on one device, so it must be 1.")
+
+
+def size_in_bytes(flag: str, size: float | None, *, unit: str) -> int | None:
+    """The value of a flag that is a number of GiB or GB, as bytes."""
+    if size is None:
+        return None
+    if not 0 < size <= MAX_SIZE:
+        raise OptionError(f"{flag} is {size:g}: it must be a number of {unit} above 0 and at most {MAX_SIZE}.")
+    return max(1, int(size * UNITS[unit]))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tern.cli.flags import size_in_bytes
 from tern.errors import OptionError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def generate(
     quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
+    kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None,
+    kv_cache_dir_size: Annotated[float | None, typer.Option(help="Most that it may hold, GB; default 20.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
     """Answer one prompt: the answer on standard output, the thought on standard error."""
@@ -48,6 +51,8 @@ def generate(
         quantization=quantization,
         max_model_len=max_model_len,
         kv_cache_dtype=kv_cache_dtype,
+        kv_cache_dir=kv_cache_dir,
+        kv_cache_dir_size=size_in_bytes("--kv-cache-dir-size", kv_cache_dir_size, unit="GB"),
     )
     params = session.sampling(
         temperature=temperature,

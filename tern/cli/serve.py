@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tern.cli.flags import check_parallelism, check_parser
+from tern.cli.flags import check_parallelism, check_parser, size_in_bytes
 from tern.errors import OptionError
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from tern.server import ServerOptions
 
 logger = logging.getLogger("tern.serve")
-
-MAX_GIB = 2**20
 
 _TRY = """
 {name} answers at {url}. Try it:
@@ -51,6 +49,8 @@ def serve(
         bool,
         typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse the KV of shared prefixes."),
     ] = True,
+    kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the server.")] = None,
+    kv_cache_dir_size: Annotated[float | None, typer.Option(help="Most that it may hold, GB; default 20.")] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None,
@@ -89,8 +89,10 @@ def serve(
         quantization=quantization,
         max_model_len=max_model_len,
         kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory=None if kv_cache_memory is None else _gibibytes("--kv-cache-memory", kv_cache_memory),
+        kv_cache_memory=size_in_bytes("--kv-cache-memory", kv_cache_memory, unit="GiB"),
         enable_prefix_caching=prefix_caching,
+        kv_cache_dir=kv_cache_dir,
+        kv_cache_dir_size=size_in_bytes("--kv-cache-dir-size", kv_cache_dir_size, unit="GB"),
         **{name: value for name, value in chosen.items() if value is not None},
     )
     server_options = ServerOptions(
@@ -127,13 +129,6 @@ def _open_and_run(
 
     key = server_options.curl_key
     run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url, key=key)))
-
-
-def _gibibytes(flag: str, size: float) -> int:
-    """A size in GiB as bytes."""
-    if not 0 < size <= MAX_GIB:
-        raise OptionError(f"{flag} is {size:g}: it must be a number of GiB above 0 and at most {MAX_GIB}.")
-    return max(1, int(size * 2**30))
 
 
 def configure_logging(level: str) -> None:

@@ -8,6 +8,9 @@ needed for something else, least recently used first. A prompt that begins with 
     digest_0 = sha256(sha256(salt) + tokens of block 0)     digest_i = sha256(digest_{i-1} + tokens of block i)
 
 A table is freed from its end, so that of one chain the leaves are evicted before the root.
+
+A `BlockStore` is a second level: it is offered every block that enters the index, and a prompt that goes on behind the
+indexed blocks is continued from it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from tern.engine.sequence import Sequence
 
@@ -26,19 +30,42 @@ class IntegrityError(RuntimeError):
 
 @dataclass(frozen=True)
 class CachedBlock:
-    """What an indexed block holds: the digest of the whole chain, and its own tokens (int64 bytes) to compare."""
+    """What an indexed block holds: the digest of the whole chain, and its own tokens (int64 bytes) to compare.
+
+    `parent` is the digest of the block before it, None for the first.
+    """
 
     digest: bytes
     tokens: bytes
+    parent: bytes | None
+
+
+class BlockStore(Protocol):
+    """Where blocks are kept that leave the cache (`tern.engine.disk_cache`). Only `restore` may take its time."""
+
+    def offer(self, blocks: Iterable[tuple[int, CachedBlock]]) -> None:
+        """Keep these blocks, which hold this content until `rescue`; known ones count as used now."""
+
+    def rescue(self, contents: Iterable[CachedBlock]) -> None:
+        """The blocks of these are reused when this returns."""
+
+    def remove(self, contents: Iterable[CachedBlock]) -> None:
+        """Forget these."""
+
+    def restore(self, blocks: Iterable[tuple[int, CachedBlock]]) -> int:
+        """Fill blocks with what is kept of their content, up to the first of which nothing is -> how many."""
 
 
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens; with `caching`, freed blocks are found again by their content."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, caching: bool = True, store: BlockStore | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.caching = caching
+        self.store = store if caching else None
         self.ref_counts = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be reused first
         self._content: dict[int, CachedBlock] = {}
@@ -79,7 +106,7 @@ class BlockPool:
         """
         self.extend_digests(sequence)
         found: list[int] = []
-        for index in range(min(len(sequence.digests), (len(sequence.token_ids) - 1) // self.block_size)):
+        for index in range(self._num_reusable(sequence)):
             block = self._index.get(sequence.digests[index])
             if block is None or self._content[block].tokens != self._tokens(sequence, index):
                 break
@@ -100,13 +127,26 @@ class BlockPool:
 
     def reserve(self, sequence: Sequence) -> None:
         """Give the sequence blocks for all its tokens; the caller has made sure that enough are free."""
-        for _ in range(self.blocks_missing(sequence)):
-            block, _none = self._free.popitem(last=False)
-            content = self._content.pop(block, None)
-            if content is not None:
-                del self._index[content.digest]
+        blocks = [self._free.popitem(last=False)[0] for _ in range(self.blocks_missing(sequence))]
+        contents = self._drop_contents(blocks)
+        if contents and self.store is not None:
+            self.store.rescue(contents)
+        for block in blocks:
             self.ref_counts[block] = 1
             sequence.block_table.append(block)
+
+    def restore(self, sequence: Sequence, num_found: int) -> int:
+        """Fill the sequence's blocks behind its first `num_found`, which were found, from the store -> how many."""
+        if self.store is None:
+            return 0
+        behind = range(num_found, self._num_reusable(sequence))
+        restored = self.store.restore(
+            (sequence.block_table[index], self._describe(sequence, index)) for index in behind
+        )
+        for index in behind[:restored]:
+            self._enter(sequence, index)
+        self._offer(sequence, 0, num_found + restored)  # those that were found too: they are in use
+        return restored
 
     def remember(self, sequence: Sequence, first_token: int) -> None:
         """Index the sequence's full blocks that end after position `first_token` and are computed."""
@@ -115,17 +155,14 @@ class BlockPool:
             return
         self.extend_digests(sequence)
         for index in range(first, last):
-            block, digest = sequence.block_table[index], sequence.digests[index]
-            if digest not in self._index and block not in self._content:  # else: computed twice at the same time
-                self._index[digest] = block
-                self._content[block] = CachedBlock(digest, self._tokens(sequence, index))
+            self._enter(sequence, index)
+        self._offer(sequence, first, last)
 
     def forget(self, sequence: Sequence) -> None:
         """Let the content of the sequence's blocks not be found again."""
-        for block in sequence.block_table:
-            content = self._content.pop(block, None)
-            if content is not None:
-                del self._index[content.digest]
+        contents = self._drop_contents(sequence.block_table)
+        if contents and self.store is not None:
+            self.store.remove(contents)
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from the sequence. Content that can be found again is reused last."""
@@ -153,6 +190,34 @@ class BlockPool:
         _demand(free == set(self._free), f"{len(free)} blocks have no owner but {len(self._free)} are free")
         indexed = {content.digest: block for block, content in self._content.items()}
         _demand(indexed == self._index, f"{len(self._index)} digests point at {len(self._content)} contents")
+
+    def _num_reusable(self, sequence: Sequence) -> int:
+        """Full blocks of the sequence that need not be computed: all that end before its last token."""
+        return min(len(sequence.digests), (len(sequence.token_ids) - 1) // self.block_size)
+
+    def _enter(self, sequence: Sequence, index: int) -> None:
+        """Put a computed block of the sequence into the index."""
+        block, digest = sequence.block_table[index], sequence.digests[index]
+        if digest not in self._index and block not in self._content:  # else: computed twice at the same time
+            self._index[digest] = block
+            self._content[block] = self._describe(sequence, index)
+
+    def _offer(self, sequence: Sequence, first: int, last: int) -> None:
+        """Offer the sequence's blocks `first` to `last` to the store, those that are in the index themselves."""
+        table = sequence.block_table[first:last]
+        if self.store is not None and (known := [block for block in table if block in self._content]):
+            self.store.offer([(block, self._content[block]) for block in known])
+
+    def _drop_contents(self, blocks: Iterable[int]) -> list[CachedBlock]:
+        """Take blocks out of the index -> what was found in them."""
+        contents = [content for block in blocks if (content := self._content.pop(block, None)) is not None]
+        for content in contents:
+            del self._index[content.digest]
+        return contents
+
+    def _describe(self, sequence: Sequence, index: int) -> CachedBlock:
+        parent = sequence.digests[index - 1] if index else None
+        return CachedBlock(sequence.digests[index], self._tokens(sequence, index), parent)
 
     def _tokens(self, sequence: Sequence, index: int) -> bytes:
         return sequence.token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Iterable
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tern.checkpoint import ModelSource, load_model
+from tern.checkpoint import ModelSource, load_model, weights_identity
+from tern.engine.block_files import open_directory
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.cache_size import free_memory, resolve_max_model_len, resolve_num_blocks
+from tern.engine.disk_cache import DiskCache
 from tern.engine.options import EngineOptions
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
 from tern.engine.runner import Runner
@@ -39,12 +42,13 @@ SINK_FAILED = "The request ended because its tokens could not be delivered."
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot of one engine; everything from `prefix_query_tokens` on only grows, save the last.
+    """A snapshot of one engine; everything from `prefix_query_tokens` on only grows, save `last_step_seconds`.
 
     `blocks_cached` hold content that a prompt can reuse, free or owned. `prefix_hit_tokens` of `prefix_query_tokens`
     prompt tokens were found in the cache. `prompt_tokens` counts requests as they start, `generated_tokens` sampled and
     forced ones, `computed_tokens` all that went through the model, after a preemption once more. `finished` counts
-    endings by reason. `last_step_seconds` is how long the newest step computed.
+    endings by reason. `last_step_seconds` is how long the newest step computed. `disk_hit_tokens` of the
+    `prefix_hit_tokens` were read from `kv_cache_dir`; `disk_bytes_read` and `disk_bytes_written` passed in and out.
     """
 
     running: int
@@ -62,6 +66,9 @@ class EngineStats:
     failed_steps: int
     finished: dict[FinishReason, int]
     last_step_seconds: float
+    disk_hit_tokens: int = 0
+    disk_bytes_read: int = 0
+    disk_bytes_written: int = 0
 
     @property
     def cancelled(self) -> int:
@@ -73,10 +80,19 @@ class Engine:
     """Continuous batching of many requests over one model.
 
     `add` queues a request, each `step` computes one batch and hands its tokens to the requests' sinks, `cancel` takes a
-    request back at any moment. Every added request is finished exactly once.
+    request back at any moment. Every added request is finished exactly once. `weights_identity` tells the model's
+    weights from all others (`tern.checkpoint.weights_identity`); only `kv_cache_dir` needs it. `close` ends what that
+    has in the background; it happens by itself when the engine goes, or the process.
     """
 
-    def __init__(self, model: ErnieModel, eos_token_ids: Iterable[int], options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: ErnieModel,
+        eos_token_ids: Iterable[int],
+        options: EngineOptions | None = None,
+        *,
+        weights_identity: str | None = None,
+    ) -> None:
         options = options or EngineOptions()
         self.options = options
         self.eos_token_ids = frozenset(eos_token_ids)
@@ -85,11 +101,16 @@ class Engine:
         self.max_model_len = resolve_max_model_len(options, model.config)
         kv_dtype = model.dtype if options.kv_cache_dtype == "auto" else getattr(torch, options.kv_cache_dtype)
         num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free_memory(model.device), self.max_model_len)
-        self.pool = BlockPool(num_blocks, options.block_size, caching=options.enable_prefix_caching)
+        self.runner = Runner(model, num_blocks=num_blocks, block_size=options.block_size, kv_dtype=kv_dtype)
+        self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)
+        if self.disk_cache is not None:
+            weakref.finalize(self, self.disk_cache.close)
+        self.pool = BlockPool(
+            num_blocks, options.block_size, caching=options.enable_prefix_caching, store=self.disk_cache
+        )
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens
         )
-        self.runner = Runner(model, num_blocks=num_blocks, block_size=options.block_size, kv_dtype=kv_dtype)
         self.sequences: dict[str, Sequence] = {}  # every request that is not finished
         self.consecutive_failures = 0
         self._finished = dict.fromkeys(FinishReason, 0)
@@ -103,11 +124,19 @@ class Engine:
         Raises `CheckpointError` for a model that cannot be loaded, `OptionError` for options that do not fit it.
         """
         options = options or EngineOptions()
-        resolve_max_model_len(options, source.config)  # a length that cannot be is known before the weights are read
+        resolve_max_model_len(options, source.config)  # what cannot be is known before the weights are read
+        if options.kv_cache_dir is not None:
+            open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         device = _device(options.device)
         model = load_model(source, dtype=dtype, device=device, quantization=options.quantization, progress=progress)
-        return cls(model, source.generation.eos_token_ids, options)
+        identity = weights_identity(source) if options.kv_cache_dir is not None else None
+        return cls(model, source.generation.eos_token_ids, options, weights_identity=identity)
+
+    def close(self) -> None:
+        """Write to `kv_cache_dir` what waits for that, within a bound, and nothing more from then on."""
+        if self.disk_cache is not None:
+            self.disk_cache.close()
 
     @property
     def has_work(self) -> bool:
@@ -215,6 +244,9 @@ class Engine:
             failed_steps=self._failed_steps,
             finished=dict(self._finished),
             last_step_seconds=self._last_step_seconds,
+            disk_hit_tokens=self.scheduler.restored_hit_tokens,
+            disk_bytes_read=self.disk_cache.bytes_read if self.disk_cache else 0,
+            disk_bytes_written=self.disk_cache.bytes_written if self.disk_cache else 0,
         )
 
     def check_integrity(self) -> None:

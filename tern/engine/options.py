@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +13,7 @@ from tern.errors import OptionError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8")
 QUANTIZATIONS = ("wint4", "wint8")
+DEFAULT_KV_CACHE_DIR_SIZE = 20_000_000_000
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -25,10 +27,11 @@ class EngineOptions:
     `block_size`: tokens a cache block holds. The cache's size is `num_kv_blocks` blocks or `kv_cache_memory` bytes or,
     with neither, what `tern.engine.cache_size` takes from free memory; `kv_cache_dtype` is what its keys and values are
     kept in: "auto" is the model's own type, "int8" about half of bfloat16's memory. `enable_prefix_caching` reuses the
-    blocks of prompts that begin alike. `max_queue`: requests that may wait before new ones are refused; None never
-    refuses. `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in
-    4 or 8 bits ("wint4", "wint8"); None keeps them as they are stored. `check_integrity_when_idle` verifies the
-    engine's books each time it runs out of work.
+    blocks of prompts that begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most
+    `kv_cache_dir_size` bytes together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before
+    new ones are refused; None never refuses. `dtype` and `device` are those of the loaded model. `quantization` packs
+    its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); None keeps them as they are stored.
+    `check_integrity_when_idle` verifies the engine's books each time it runs out of work.
 
     Raises `OptionError` that names the option, the value and the limit.
     """
@@ -41,6 +44,8 @@ class EngineOptions:
     kv_cache_memory: int | None = None
     kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
+    kv_cache_dir: str | os.PathLike[str] | None = None
+    kv_cache_dir_size: int | None = None
     max_queue: int | None = 1024
     dtype: str = "auto"
     device: str = "auto"
@@ -54,6 +59,7 @@ class EngineOptions:
         _integer("block_size", self.block_size, 1, 1024)
         _optional_integer("num_kv_blocks", self.num_kv_blocks, 1, 2**31 - 1)
         _optional_integer("kv_cache_memory", self.kv_cache_memory, 1, 2**50)
+        _optional_integer("kv_cache_dir_size", self.kv_cache_dir_size, 1, 2**60)
         _optional_integer("max_queue", self.max_queue, 1, 2**20)
         for name in ("enable_prefix_caching", "check_integrity_when_idle"):
             if not isinstance(getattr(self, name), bool):
@@ -68,6 +74,7 @@ class EngineOptions:
                 f"num_kv_blocks is {self.num_kv_blocks} and kv_cache_memory is {self.kv_cache_memory}: "
                 "both set the size of the cache, so give only one."
             )
+        self._check_kv_cache_dir()
         if self.dtype not in DTYPES:
             raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}.")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
@@ -81,6 +88,20 @@ class EngineOptions:
             raise OptionError(f"quantization is {self.quantization!r}: it must be one of {', '.join(QUANTIZATIONS)}.")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
+
+    def _check_kv_cache_dir(self) -> None:
+        directory, size = self.kv_cache_dir, self.kv_cache_dir_size
+        if directory is None:
+            if size is not None:
+                raise OptionError(f"kv_cache_dir_size is {size}, but there is no kv_cache_dir: give one, or neither.")
+            return
+        if not isinstance(directory, str | os.PathLike) or not os.fspath(directory):
+            raise OptionError(f"kv_cache_dir is {directory!r}: it must be the path of a directory.")
+        if not self.enable_prefix_caching:
+            raise OptionError(
+                f"kv_cache_dir is {os.fspath(directory)!r} but enable_prefix_caching is false: "
+                "the directory keeps cached prefixes, so leave it out or enable them."
+            )
 
     @classmethod
     def from_keywords(cls, **values: Any) -> EngineOptions:

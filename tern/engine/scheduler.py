@@ -5,7 +5,8 @@ ones own nothing. A step is composed in three moves:
 
     1. every running sequence gets the blocks for its new tokens; when none is free, the last in order is preempted
     2. the budget is dealt to running sequences: decodes first, so that no prompt stalls them, then the rest in order
-    3. what is left admits waiting sequences, in order, each starting from the cached blocks its prompt begins with
+    3. what is left admits waiting sequences, in order, each starting from the cached blocks its prompt begins with,
+       those found in memory and behind them those that the pool's store has
 
 A preempted sequence keeps its tokens, loses its blocks and is computed again later; its output does not change.
 The first in order can take the blocks of all others and a full-length sequence fits the pool, so work always goes on.
@@ -48,6 +49,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.prompt_tokens = 0
         self.prefix_hit_tokens = 0
+        self.restored_hit_tokens = 0
         self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -168,11 +170,13 @@ class Scheduler:
         insort(self.running, sequence, key=_ORDER)
         self.pool.share(sequence, found)
         self.pool.reserve(sequence)
-        sequence.num_computed_tokens = len(found) * self.pool.block_size
+        restored = self.pool.restore(sequence, len(found))
+        sequence.num_computed_tokens = (len(found) + restored) * self.pool.block_size
         if sequence.num_cached_tokens is None:  # a preempted sequence finding its own blocks again is no hit
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.prompt_tokens += sequence.num_prompt_tokens
             self.prefix_hit_tokens += sequence.num_cached_tokens
+            self.restored_hit_tokens += restored * self.pool.block_size
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:

@@ -157,6 +157,7 @@ class EngineService:
             with self._changed:
                 self._idle = True
                 self._changed.notify_all()
+            self._engine.close()
 
     def _turn(self) -> bool:
         """Take up what callers left, then do one step, or sleep until there is one to do; False to end the thread."""

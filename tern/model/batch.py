@@ -15,6 +15,7 @@ import math
 import mmap
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tern import ops
@@ -53,6 +54,34 @@ class KVCache:
     def block_size(self) -> int:
         """Tokens a block holds."""
         return self.keys.shape[4]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, keys and values of all layers."""
+        return sum(part.numel() for part in self._block(0))
+
+    def copy_block(self, block: int, into: memoryview) -> None:
+        """Copy a block's bytes, the keys of all layers and then their values, into `into` [block_bytes].
+
+        Any thread may call it, beside steps that write other blocks.
+        """
+        rest = np.frombuffer(into, np.uint8)
+        for part in self._block(block):
+            # numpy copies on the calling thread alone, where torch would wake a team of its own for it.
+            np.copyto(rest[: part.numel()].reshape(part.shape), part.cpu().numpy())
+            rest = rest[part.numel() :]
+
+    def fill_block(self, block: int, content: memoryview) -> None:
+        """Give a block the bytes that `copy_block` took from one of a cache of the same shapes and dtype."""
+        rest = torch.frombuffer(content, dtype=torch.uint8)
+        for part in self._block(block):
+            part.copy_(rest[: part.numel()].view(part.shape))
+            rest = rest[part.numel() :]
+
+    def _block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The bytes of a block where they lie: keys and values, each [layers, bytes of a layer's block]."""
+        keys, values = self.keys[:, block].flatten(1), self.values[:, block].flatten(1)
+        return keys.view(torch.uint8), values.view(torch.uint8)
 
     @classmethod
     def allocate(

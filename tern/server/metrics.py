@@ -116,6 +116,9 @@ class _EngineCollector:
         counters = (
             ("tern:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
             ("tern:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
+            ("tern:disk_cache_hits", "Of these, tokens read from --kv-cache-dir.", stats.disk_hit_tokens),
+            ("tern:disk_cache_read_bytes", "Bytes read from --kv-cache-dir.", stats.disk_bytes_read),
+            ("tern:disk_cache_written_bytes", "Bytes written to --kv-cache-dir.", stats.disk_bytes_written),
             ("tern:prompt_tokens", "Prompt tokens read.", stats.prompt_tokens),
             ("tern:generation_tokens", "Tokens generated.", stats.generated_tokens),
             ("tern:num_preemptions", "Times a sequence lost its blocks.", stats.preemptions),

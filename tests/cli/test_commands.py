@@ -56,6 +56,17 @@ def test_generate_prints_the_answer_and_the_thought_apart(capsys: pytest.Capture
     assert capsys.readouterr() == (shown.out, "")
 
 
+def test_generate_finds_a_prompt_that_an_earlier_command_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = ["--kv-cache-dir", str(tmp_path / "kv"), "--kv-cache-dir-size", "0.1", "--max-tokens", "8"]
+    said = [generated(capsys, INTRODUCTION * 8, *kept) for _ in range(2)]
+    assert said[0]["usage"].pop("cached_tokens") == 0
+    assert said[1]["usage"].pop("cached_tokens") > 64
+    assert all(one.pop("seconds") > 0 for one in said)
+    assert said[0] == said[1]
+
+
 def test_generate_reads_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = generated(capsys, "你好", "--max-tokens", "30")
     for prompt in ([], ["-"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from tern.engine import CONTINUE, Engine, EngineOptions, Finish, GeneratedToken, Request, SamplingParams, Steering
+from tern.engine.block_pool import CachedBlock
 from tern.model.batch import Batch, KVCache
 
 VOCAB = 61
@@ -107,6 +109,57 @@ class Recorder:
     def end(self) -> Finish:
         assert len(self.finishes) == 1, f"finished {len(self.finishes)} times"
         return self.finishes[0]
+
+
+@dataclass
+class MemoryStore:
+    """A `BlockStore` that keeps what it is offered, with the bytes of `kv` where there is one, and notes every call.
+
+    Content must not change between its offer and the reuse of its block.
+    """
+
+    kv: KVCache | None = None
+    kept: dict[bytes, tuple[CachedBlock, bytes]] = field(default_factory=dict)
+    places: dict[bytes, int] = field(default_factory=dict)
+    calls: list[tuple[str, list[int]]] = field(default_factory=list)  # blocks
+
+    def offer(self, blocks: Iterable[tuple[int, CachedBlock]]) -> None:
+        offered = list(blocks)
+        self.calls.append(("offer", [block for block, _ in offered]))
+        for block, content in offered:
+            assert content.parent is None or content.parent in self.kept, "offered before the one before it"
+            self.kept.setdefault(content.digest, (content, self._bytes(block)))
+            self.places[content.digest] = block
+
+    def rescue(self, contents: Iterable[CachedBlock]) -> None:
+        blocks = [self.places.pop(content.digest) for content in contents]
+        self.calls.append(("rescue", blocks))
+        for block, content in zip(blocks, contents, strict=True):
+            assert self.kept[content.digest] == (content, self._bytes(block)), "reused before it was saved"
+
+    def remove(self, contents: Iterable[CachedBlock]) -> None:
+        for content in contents:
+            del self.kept[content.digest], self.places[content.digest]
+
+    def restore(self, blocks: Iterable[tuple[int, CachedBlock]]) -> int:
+        filled = []
+        for block, content in blocks:
+            if content.digest not in self.kept:
+                break
+            known, data = self.kept[content.digest]
+            assert known == content
+            if self.kv is not None:
+                self.kv.fill_block(block, memoryview(bytearray(data)))
+            filled.append(block)
+        self.calls.append(("restore", filled))
+        return len(filled)
+
+    def _bytes(self, block: int) -> bytes:
+        if self.kv is None:
+            return b""
+        data = memoryview(bytearray(self.kv.block_bytes))
+        self.kv.copy_block(block, data)
+        return bytes(data)
 
 
 def make_engine(model: Any = None, **options: Any) -> Engine:

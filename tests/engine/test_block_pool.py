@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_fakes import make_request
+from engine_fakes import MemoryStore, make_request
 
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.sampling_state import SamplingState
@@ -21,9 +21,9 @@ def compute(pool: BlockPool, tokens: list[int], *, salt: bytes = b"") -> Sequenc
     found = pool.find_prefix(made)
     pool.share(made, found)
     pool.reserve(made)
-    made.num_cached_tokens = len(found) * pool.block_size
+    made.num_cached_tokens = (len(found) + pool.restore(made, len(found))) * pool.block_size
     made.num_computed_tokens = len(tokens)
-    pool.remember(made, 0)
+    pool.remember(made, made.num_cached_tokens)
     return made
 
 
@@ -118,6 +118,78 @@ def test_without_caching_nothing_is_remembered() -> None:
     pool.release(compute(pool, list(range(9))))
     assert pool.num_cached_blocks == 0
     assert compute(pool, list(range(9))).num_cached_tokens == 0
+
+
+def test_blocks_that_memory_has_lost_come_from_the_store() -> None:
+    store = MemoryStore()
+    pool = BlockPool(4, 4, store=store)
+    pool.release(compute(pool, list(range(13))))
+    pool.release(compute(pool, [50] * 16))
+    assert pool.find_prefix(sequence(list(range(13)))) == []
+    again = compute(pool, [*range(12), 99])
+    assert again.num_cached_tokens == 12
+    pool.check_integrity([again])
+    assert len(pool.find_prefix(sequence(list(range(13))))) == 3, "they are in memory again"
+    pool.release(again)
+    assert compute(BlockPool(4, 4, store=store), list(range(9))).num_cached_tokens == 8, "another process"
+
+
+def test_the_store_continues_what_memory_still_has() -> None:
+    store = MemoryStore()
+    pool = BlockPool(4, 4, store=store)
+    pool.release(compute(pool, list(range(13))))
+    pool.release(compute(pool, [50] * 12))  # takes three of four blocks; the root, freed last, stays
+    store.calls.clear()
+    again = compute(pool, list(range(13)))
+    table = again.block_table.tolist()
+    assert again.num_cached_tokens == 12
+    assert ("restore", table[1:3]) in store.calls
+    assert ("offer", table[:3]) in store.calls, "what was found counts as used too"
+
+
+def test_what_is_missing_in_the_store_ends_the_prefix_and_the_last_token_is_computed() -> None:
+    store = MemoryStore()
+    first = compute(BlockPool(8, 4, store=store), list(range(16)))
+    whole = compute(BlockPool(8, 4, store=store), list(range(16)))
+    assert whole.num_cached_tokens == 12
+    del store.kept[first.digests[1]]
+    assert compute(BlockPool(8, 4, store=store), list(range(17))).num_cached_tokens == 4
+    assert compute(BlockPool(8, 4, store=store), list(range(17)), salt=b"a").num_cached_tokens == 0
+
+
+def test_only_blocks_in_the_index_are_offered() -> None:
+    store = MemoryStore()
+    pool = BlockPool(8, 4, store=store)
+    twins = [sequence([5] * 8), sequence([5] * 8)]
+    for twin in twins:
+        pool.reserve(twin)
+        twin.num_computed_tokens = 8
+    for twin in twins:
+        pool.remember(twin, 0)
+    assert [blocks for kind, blocks in store.calls if kind == "offer"] == [twins[0].block_table.tolist()]
+    pool.forget(twins[1])
+    assert len(store.kept) == 2, "its blocks hold nothing that could be found"
+    pool.forget(twins[0])
+    assert store.kept == {}
+
+
+def test_the_store_hears_of_reuse_before_it_happens() -> None:
+    store = MemoryStore()
+    pool = BlockPool(2, 4, store=store)
+    first = compute(pool, list(range(8)))
+    blocks = first.block_table.tolist()
+    pool.release(first)
+    pool.release(compute(pool, [40]))
+    pool.release(compute(pool, [41, 42]))  # takes the same block, which holds nothing now
+    assert [call for call in store.calls if call[1]] == [("offer", blocks), ("rescue", blocks[1:])]
+
+
+def test_without_caching_there_is_no_store() -> None:
+    store = MemoryStore()
+    pool = BlockPool(4, 4, caching=False, store=store)
+    pool.release(compute(pool, list(range(9))))
+    assert compute(pool, list(range(9))).num_cached_tokens == 0
+    assert store.calls == []
 
 
 def leak(pool: BlockPool, _: Sequence) -> None:

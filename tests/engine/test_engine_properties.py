@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from engine_fakes import EOS, HashModel, Recorder, add, hash_context, make_engine
+from engine_fakes import EOS, HashModel, MemoryStore, Recorder, add, hash_context, make_engine
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +54,7 @@ sizes = st.fixed_dictionaries(
         "spare": st.integers(0, 12),
         "max_num_seqs": st.integers(1, 4),
         "budget": st.integers(0, 20),
-        "caching": st.booleans(),
+        "caching": st.sampled_from(["none", "memory", "store"]),
     }
 )
 
@@ -100,7 +100,7 @@ def fit(fields: dict[str, Any]) -> dict[str, Any]:
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(size=sizes, plan=events)
 @example(  # two that grow in a pool for one
-    size={"block_size": 2, "spare": 0, "max_num_seqs": 4, "budget": 0, "caching": True},
+    size={"block_size": 2, "spare": 0, "max_num_seqs": 4, "budget": 0, "caching": "memory"},
     plan=[
         ("add", {"prompt": (5, 6, 7), "max_tokens": None, "priority": p, "seed": 1, "script": {}, "raise_at": None})
         for p in (1, 0, 1, -1)
@@ -113,8 +113,10 @@ def test_any_life_keeps_the_books_and_the_answers(size: dict[str, Any], plan: li
         num_kv_blocks=-(-MAX_LEN // size["block_size"]) + size["spare"],
         max_num_seqs=size["max_num_seqs"],
         max_num_batched_tokens=size["max_num_seqs"] + size["budget"],
-        enable_prefix_caching=size["caching"],
+        enable_prefix_caching=size["caching"] != "none",
     )
+    if size["caching"] == "store":
+        engine.pool.store = MemoryStore(engine.runner.kv)
     MODEL.batches.clear()
     sinks: list[tuple[dict[str, Any], Recorder]] = []
     cancelled: set[int] = set()

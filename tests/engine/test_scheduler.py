@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from engine_fakes import make_request
+from engine_fakes import MemoryStore, make_request
 
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.sampling_state import SamplingState
@@ -212,3 +212,47 @@ def test_the_integrity_check_sees_a_misplaced_sequence() -> None:
     moved.num_computed_tokens = 3
     with pytest.raises(IntegrityError):
         scheduler.check_integrity()
+
+
+def test_a_sequence_starts_behind_what_the_store_has() -> None:
+    store = MemoryStore()
+    for name in ("before", "after"):
+        scheduler = make_scheduler(tokens=64)
+        scheduler.pool.store = store
+        doc = queue(scheduler, name, distinct(1, 41))
+        chunks = step(scheduler)
+        if name == "before":
+            assert shape(chunks) == [(name, 41, True)]
+            assert (doc.num_cached_tokens, scheduler.restored_hit_tokens) == (0, 0)
+        else:
+            assert shape(chunks) == [(name, 1, True)]
+            assert (doc.num_cached_tokens, scheduler.prefix_hit_tokens, scheduler.restored_hit_tokens) == (40, 40, 40)
+    twin = queue(scheduler, "twin", distinct(1, 41))
+    assert shape(step(scheduler)) == [("after", 1, True), ("twin", 1, True)]
+    assert twin.num_cached_tokens == 40
+    assert scheduler.restored_hit_tokens == 40, "memory has them now"
+
+
+def test_blocks_of_a_preempted_sequence_that_come_back_from_the_store_are_no_hit() -> None:
+    scheduler = make_scheduler(blocks=6, tokens=32)
+    scheduler.pool.store = MemoryStore()
+    first, second = queue(scheduler, "first", distinct(1, 8)), queue(scheduler, "second", distinct(2, 9))
+    step(scheduler)
+    while second.status is SequenceStatus.RUNNING:
+        step(scheduler)
+    scheduler.remove(first)
+    for number in (3, 4):  # take what it left in memory
+        scheduler.remove(queue_and_run(scheduler, distinct(number, 20), before=second))
+    assert scheduler.pool.find_prefix(second) == []
+    [chunk] = step(scheduler)
+    assert chunk.sequence is second
+    assert chunk.num_tokens < 9, "the store had its blocks"
+    assert (second.num_cached_tokens, scheduler.restored_hit_tokens) == (0, 0)
+
+
+def queue_and_run(scheduler: Scheduler, prompt: list[int], *, before: Sequence) -> Sequence:
+    """Compute a prompt that goes before a waiting sequence and leaves no room for it."""
+    urgent = queue(scheduler, f"before {before.request_id}", prompt, priority=-1)
+    [chunk] = step(scheduler)
+    assert chunk.sequence is urgent
+    return urgent

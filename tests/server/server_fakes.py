@@ -155,6 +155,9 @@ class ScriptedEngine:
             failed_steps=0,
             finished=dict(self.finished),
             last_step_seconds=0.0,
+            disk_hit_tokens=8,
+            disk_bytes_read=3000,
+            disk_bytes_written=5000,
         )
 
     def heartbeat_age(self) -> float:

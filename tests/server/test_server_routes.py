@@ -160,6 +160,8 @@ def test_metrics(server: Live) -> None:
     assert metric(after, "tern:num_requests_running") == 0
     assert metric(after, "tern:num_requests_waiting") == 0
     assert (metric(after, "tern:prefix_cache_queries_total"), metric(after, "tern:prefix_cache_hits_total")) == (40, 16)
+    disk = [metric(after, f"tern:disk_cache_{name}_total") for name in ("hits", "read_bytes", "written_bytes")]
+    assert disk == [8, 3000, 5000]
 
 
 @pytest.fixture(scope="module")
