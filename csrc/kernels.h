@@ -75,7 +75,10 @@ static inline std::int64_t scratch_bytes(std::int64_t depth) { return kUnpackedP
 
 extern const Kernels kPortable;
 #if defined(TERN_X86_KERNELS)
-extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni, kAmxEmulated;
+#endif
+#if defined(TERN_AMX_KERNELS)
+extern const Kernels kAmx;
 #endif
 
 }  // namespace tern
