@@ -36,15 +36,18 @@ void EmulatedTiles::configure(const TileConfig& config) {
         demand(rows <= kTileMaxRows && row_bytes <= kTileMaxBytes, "#GP", what);
         demand((rows == 0) == (row_bytes == 0), "#GP", what);
     }
+    release();
     for (int tile = 0; tile < kTileRegisters; ++tile) {
-        tiles_[tile] = Tile();
         tiles_[tile].rows = config.rows[tile];
         tiles_[tile].row_bytes = config.row_bytes[tile];
     }
     configured_ = true;
 }
 
-void EmulatedTiles::release() { *this = EmulatedTiles(); }
+void EmulatedTiles::release() {
+    for (Tile& tile : tiles_) tile = Tile();
+    configured_ = false;
+}
 
 const EmulatedTiles::Tile& EmulatedTiles::configured(int tile) const {
     demand(0 <= tile && tile < kTileRegisters, "#UD", "there is no tile " + std::to_string(tile));
@@ -78,6 +81,7 @@ void EmulatedTiles::add_products(int sums, int a, int b) {
     demand(shape_of_sums.rows == left.rows && shape_of_sums.row_bytes == right.row_bytes && left.row_bytes / 4 == right.rows,
            "#UD", "sums of " + shape(shape_of_sums.rows, shape_of_sums.row_bytes) + " cannot hold products of " +
            shape(left.rows, left.row_bytes) + " and " + shape(right.rows, right.row_bytes));
+    ++products_;
     Tile& into = tiles_[sums];
     for (int row = 0; row < into.rows; ++row)
         for (int column = 0; column < into.row_bytes / 4; ++column) {

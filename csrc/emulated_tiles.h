@@ -25,6 +25,9 @@ class EmulatedTiles {
     // TDPBSUD: sums [rows, columns] int32 += a [rows, 4 quads] int8 times b [quads, columns, 4] uint8.
     void add_products(int sums, int a, int b);
 
+    // How often add_products was called: tests ask whether tiles have computed something.
+    std::int64_t products() const { return products_; }
+
   private:
     struct Tile {
         int rows = 0, row_bytes = 0;
@@ -32,6 +35,7 @@ class EmulatedTiles {
     };
     const Tile& configured(int tile) const;
 
+    std::int64_t products_ = 0;
     bool configured_ = false;
     Tile tiles_[kTileRegisters];
 };

@@ -156,7 +156,9 @@ NB_MODULE(_kernels, m) {
         .def("store", [](const EmulatedTiles& self, int tile, Address memory, std::int64_t stride) {
             self.store(tile, at<void>(memory), stride);
         }, nb::arg("tile"), nb::arg("memory"), nb::arg("stride"))
-        .def("add_products", &EmulatedTiles::add_products, nb::arg("sums"), nb::arg("a"), nb::arg("b"));
+        .def("add_products", &EmulatedTiles::add_products, nb::arg("sums"), nb::arg("a"), nb::arg("b"))
+        .def_prop_ro("products", &EmulatedTiles::products);
+    m.def("emulated_tiles", emulated_tiles, nb::rv_policy::reference);
 
     nb::class_<Machine>(m, "Machine")
         .def("__init__", [](Machine* self, const std::string& name, int threads) {
