@@ -54,6 +54,25 @@ inline void even_odd(const char* p, Floats& even, Floats& odd) {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
 }
+// 16 floats as two bf16 each: cut off, and the rest rounded to even. NaN stays NaN in one of them.
+inline void split(const float* p, char* high, char* low) {
+    const __m512 floats = _mm512_loadu_ps(p);
+    const __m512i bits = _mm512_castps_si512(floats), mask = _mm512_set1_epi32(int(0xffff0000));
+    const __m512 rest = _mm512_sub_ps(floats, _mm512_castsi512_ps(_mm512_and_si512(bits, mask)));
+    const __m512i wide = _mm512_castps_si512(rest);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(wide, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(rest, rest, _CMP_UNORD_Q);
+    const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
+}
+inline void interleave(const std::uint16_t* a, const std::uint16_t* b, char* pairs) {
+    const auto widened = [](const std::uint16_t* p) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    };
+    _mm512_storeu_si512(pairs, _mm512_or_si512(widened(a), _mm512_slli_epi32(widened(b), 16)));
+}
 inline Floats times_plus(Floats x, float y, Floats sum) { return _mm512_fmadd_ps(x, _mm512_set1_ps(y), sum); }
 inline Floats add_product(Floats x, Floats y, Floats sum) { return _mm512_fmadd_ps(x, y, sum); }
 inline void store(float* p, Floats floats) { _mm512_storeu_ps(p, floats); }

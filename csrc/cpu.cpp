@@ -63,8 +63,8 @@ CpuFeatures detect() {
     found.avx_vnni = found.avx2 && bit(more.a, 4);
     const bool f = bit(extended.b, 16), dq = bit(extended.b, 17), bw = bit(extended.b, 30), vl = bit(extended.b, 31);
     found.avx512_vnni = found.avx2 && zmm && f && dq && bw && vl && bit(extended.c, 11);
-    const bool amx_tile = bit(extended.d, 24), amx_int8 = bit(extended.d, 25);
-    found.amx_int8 = found.avx512_vnni && tiles && amx_tile && amx_int8 && has_known_tiles() && may_use_tiles();
+    const bool amx_bf16 = bit(extended.d, 22), amx_tile = bit(extended.d, 24), amx_int8 = bit(extended.d, 25);
+    found.amx = found.avx512_vnni && tiles && amx_tile && amx_int8 && amx_bf16 && has_known_tiles() && may_use_tiles();
     return found;
 }
 

@@ -7,7 +7,7 @@ struct CpuFeatures {
     bool avx2 = false;         // with FMA and F16C: Haswell, Zen 1
     bool avx_vnni = false;     // 256-bit vpdpbusd: Alder Lake, Zen 5
     bool avx512_vnni = false;  // AVX-512 F, BW, DQ, VL and VNNI: Cascade Lake, Zen 4
-    bool amx_int8 = false;     // AMX-TILE and AMX-INT8 beside them, which the system lets us use: Sapphire Rapids
+    bool amx = false;          // AMX-TILE, -INT8 and -BF16 beside them, which the system lets us use: Sapphire Rapids
 };
 
 // Asks cpuid, xgetbv for the registers that the system saves, and the system for tile registers, which a process may use

@@ -1,6 +1,8 @@
 #include "emulated_tiles.h"
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -17,6 +19,15 @@ bool all_zero(const T (&values)[N], int first) {
     for (int i = first; i < N; ++i)
         if (values[i] != 0) return false;
     return true;
+}
+
+float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+
+float bf16(const std::uint8_t* bytes) {
+    const std::uint32_t bits = std::uint32_t(bytes[0]) << 16 | std::uint32_t(bytes[1]) << 24;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return flushed(x);
 }
 
 std::string shape(int rows, int row_bytes) { return std::to_string(rows) + " rows of " + std::to_string(row_bytes) + " bytes"; }
@@ -74,14 +85,19 @@ void EmulatedTiles::store(int tile, void* memory, std::int64_t stride) const {
         std::memcpy(static_cast<char*>(memory) + row * stride, from.bytes[row], std::size_t(from.row_bytes));
 }
 
-void EmulatedTiles::add_products(int sums, int a, int b) {
+void EmulatedTiles::demand_fit(int sums, int a, int b) const {
     const Tile &left = configured(a), &right = configured(b), &shape_of_sums = configured(sums);
     demand(sums != a && sums != b && a != b, "#UD", "a tile cannot be two operands");
     demand(left.row_bytes % 4 == 0 && right.row_bytes % 4 == 0, "#UD", "rows must be whole quads of bytes");
     demand(shape_of_sums.rows == left.rows && shape_of_sums.row_bytes == right.row_bytes && left.row_bytes / 4 == right.rows,
            "#UD", "sums of " + shape(shape_of_sums.rows, shape_of_sums.row_bytes) + " cannot hold products of " +
            shape(left.rows, left.row_bytes) + " and " + shape(right.rows, right.row_bytes));
+}
+
+void EmulatedTiles::add_products(int sums, int a, int b) {
+    demand_fit(sums, a, b);
     ++products_;
+    const Tile &left = tiles_[a], &right = tiles_[b];
     Tile& into = tiles_[sums];
     for (int row = 0; row < into.rows; ++row)
         for (int column = 0; column < into.row_bytes / 4; ++column) {
@@ -91,6 +107,25 @@ void EmulatedTiles::add_products(int sums, int a, int b) {
                 for (int byte = 0; byte < 4; ++byte)
                     sum += std::uint32_t(std::int8_t(left.bytes[row][4 * quad + byte]) *
                                          int(right.bytes[quad][4 * column + byte]));
+            std::memcpy(into.bytes[row] + 4 * column, &sum, sizeof sum);
+        }
+}
+
+void EmulatedTiles::add_pairs(int sums, int a, int b) {
+    demand_fit(sums, a, b);
+    ++products_;
+    const Tile &left = tiles_[a], &right = tiles_[b];
+    Tile& into = tiles_[sums];
+    for (int row = 0; row < into.rows; ++row)
+        for (int column = 0; column < into.row_bytes / 4; ++column) {
+            float parts[2] = {0.0f, 0.0f}, sum;
+            std::memcpy(&sum, into.bytes[row] + 4 * column, sizeof sum);
+            for (int pair = 0; pair < right.rows; ++pair)
+                for (int i = 0; i < 2; ++i) {
+                    const float x = bf16(left.bytes[row] + 4 * pair + 2 * i), y = bf16(right.bytes[pair] + 4 * column + 2 * i);
+                    parts[i] = flushed(parts[i] + x * y);  // the product is exact: as if rounded once
+                }
+            sum = flushed(flushed(sum) + flushed(parts[0] + parts[1]));
             std::memcpy(into.bytes[row] + 4 * column, &sum, sizeof sum);
         }
 }

@@ -24,8 +24,11 @@ class EmulatedTiles {
     void store(int tile, void* memory, std::int64_t stride) const;
     // TDPBSUD: sums [rows, columns] int32 += a [rows, 4 quads] int8 times b [quads, columns, 4] uint8.
     void add_products(int sums, int a, int b);
+    // TDPBF16PS: sums [rows, columns] float32 += a [rows, 2 pairs] bf16 times b [pairs, columns, 2] bf16. The first
+    // products of all pairs are added up, then the second ones, then both and what was there; subnormals count as 0.
+    void add_pairs(int sums, int a, int b);
 
-    // How often add_products was called: tests ask whether tiles have computed something.
+    // How often these two were called: tests ask whether tiles have computed something.
     std::int64_t products() const { return products_; }
 
   private:
@@ -34,6 +37,7 @@ class EmulatedTiles {
         std::uint8_t bytes[kTileMaxRows][kTileMaxBytes] = {};
     };
     const Tile& configured(int tile) const;
+    void demand_fit(int sums, int a, int b) const;
 
     std::int64_t products_ = 0;
     bool configured_ = false;

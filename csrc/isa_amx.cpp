@@ -1,4 +1,4 @@
-// AMX: products of bytes in tile registers, all else by AVX-512: Sapphire Rapids, Granite Rapids.
+// AMX: products of bytes and of bf16 in tile registers, all else by AVX-512: Sapphire Rapids, Granite Rapids.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -27,18 +27,24 @@ template <int C, int A, int B>
 inline void add_products() {
     __asm__ volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+template <int C, int A, int B>
+inline void add_pairs() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 
 #include "avx512.inl"
 #include "elementwise.inl"
 #include "multiply.inl"
-#include "multiply_tiles.inl"
 #include "attention_bytes.inl"
 #include "attention.inl"
+#include "multiply_tiles.inl"
+#include "attention_tiles.inl"
 #include "pack.inl"
 
-bool runs_on(const CpuFeatures& cpu) { return cpu.amx_int8; }
+bool runs_on(const CpuFeatures& cpu) { return cpu.amx; }
 
 #include "kernel_table.inl"
+#include "with_tiles.inl"
 
 }  // namespace
 }  // namespace tern::amx

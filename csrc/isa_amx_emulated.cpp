@@ -26,18 +26,24 @@ template <int C, int A, int B>
 inline void add_products() {
     emulated_tiles().add_products(C, A, B);
 }
+template <int C, int A, int B>
+inline void add_pairs() {
+    emulated_tiles().add_pairs(C, A, B);
+}
 
 #include "avx512.inl"
 #include "elementwise.inl"
 #include "multiply.inl"
-#include "multiply_tiles.inl"
 #include "attention_bytes.inl"
 #include "attention.inl"
+#include "multiply_tiles.inl"
+#include "attention_tiles.inl"
 #include "pack.inl"
 
 bool runs_on(const CpuFeatures& cpu) { return cpu.avx512_vnni; }
 
 #include "kernel_table.inl"
+#include "with_tiles.inl"
 
 }  // namespace
 }  // namespace tern::amx_emulated

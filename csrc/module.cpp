@@ -157,6 +157,7 @@ NB_MODULE(_kernels, m) {
             self.store(tile, at<void>(memory), stride);
         }, nb::arg("tile"), nb::arg("memory"), nb::arg("stride"))
         .def("add_products", &EmulatedTiles::add_products, nb::arg("sums"), nb::arg("a"), nb::arg("b"))
+        .def("add_pairs", &EmulatedTiles::add_pairs, nb::arg("sums"), nb::arg("a"), nb::arg("b"))
         .def_prop_ro("products", &EmulatedTiles::products);
     m.def("emulated_tiles", emulated_tiles, nb::rv_policy::reference);
 

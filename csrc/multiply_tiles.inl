@@ -101,13 +101,20 @@ void multiply_tiles(const TiledProduct& product) {
     add_span<OFFSET>(product, before, sums);
 }
 
-TileConfig tile_config(std::int64_t rows) {
+// Registers 0, 1 and 4 have `upper` rows, 2, 3 and 5 `lower` ones, 6 and 7 all there can be.
+TileConfig tile_config(std::int64_t upper, std::int64_t lower) {
     TileConfig config;
-    for (int tile = 0; tile < kTileRegisters; ++tile) {
-        config.rows[tile] = tile < 6 ? std::uint8_t(rows) : kTileDepth / kQuad;
-        config.row_bytes[tile] = kTileMaxBytes;
-    }
+    for (int tile = 0; tile < kTileRegisters; ++tile) config.row_bytes[tile] = kTileMaxBytes;
+    config.rows[0] = config.rows[1] = config.rows[4] = std::uint8_t(upper);
+    config.rows[2] = config.rows[3] = config.rows[5] = std::uint8_t(lower);
+    config.rows[6] = config.rows[7] = kTileMaxRows;
     return config;
+}
+
+// Rows of a tile where as few as can be hold all rows, each as low as it can be: products take as long as it has rows.
+inline std::int64_t tile_height(std::int64_t rows) {
+    const std::int64_t tiles = (rows + kTileMaxRows - 1) / kTileMaxRows;
+    return (rows + tiles - 1) / tiles;
 }
 
 // As multiply, which does what tiles gain nothing at: few rows wait for their weights, not for products.
@@ -115,10 +122,9 @@ void multiply_many(const Activations& x, const PackedWeight& w, std::int64_t fir
                    float* output, std::int64_t stride, std::uint8_t* scratch) {
     if (x.rows <= kFewRows || w.depth % kTileDepth != 0)
         return multiply(x, w, first_panel, last_panel, output, stride, scratch);
-    // As few tiles as hold the rows, and as low as they can be: a product takes as long as its tile has rows.
-    const std::int64_t tiles = (x.rows + kTileMaxRows - 1) / kTileMaxRows, tile_rows = (x.rows + tiles - 1) / tiles;
+    const std::int64_t tile_rows = tile_height(x.rows);
     const std::int64_t value_bytes = kPanel * w.depth * w.bits / 8, factor_bytes = w.depth / kGroup * kFactorBytes;
-    configure(tile_config(tile_rows));
+    configure(tile_config(tile_rows, tile_rows));
     for (std::int64_t panel = first_panel; panel < last_panel; panel += kUnpackedPanels) {
         const std::int64_t count = smaller(last_panel - panel, kUnpackedPanels);
         const std::uint8_t* values = w.values + panel * value_bytes;
@@ -139,7 +145,7 @@ std::int32_t peak_of_tiles(std::int64_t rounds) {
     constexpr std::int64_t ops = 2 * kTileMaxRows * kPanel * kTileDepth;  // of a product of tiles
     alignas(64) std::uint8_t bytes[kTileMaxRows * kTileMaxBytes];
     for (int i = 0; i < kTileMaxRows * kTileMaxBytes; ++i) bytes[i] = std::uint8_t(i);
-    configure(tile_config(kTileMaxRows));
+    configure(tile_config(kTileMaxRows, kTileMaxRows));
     clear<0>(), clear<1>(), clear<2>(), clear<3>();
     load_tile<4>(bytes, kTileMaxBytes), load_tile<5>(bytes, kTileMaxBytes);
     load_tile<6>(bytes, kTileMaxBytes), load_tile<7>(bytes, kTileMaxBytes);
@@ -152,10 +158,4 @@ std::int32_t peak_of_tiles(std::int64_t rounds) {
     store_tile<0>(bytes, kTileMaxBytes);
     release();
     return bytes[0];
-}
-
-constexpr Kernels with_tiles(Kernels table) {
-    table.multiply = multiply_many;
-    table.peak = peak_of_tiles;
-    return table;
 }
