@@ -1,12 +1,12 @@
-// Attention over one tile of a bf16 cache in tile registers: what AMX and its emulation put in the place of attend_tile,
-// included once by each after attention.inl and multiply_tiles.inl. Beside what those take, it stands on
+// Attention over 256 positions of a bf16 cache in tile registers: what AMX and its emulation put in the place of
+// attend_tile, included once by each after attention.inl and multiply_tiles.inl. Beside what those take, it stands on
 //
 //   add_pairs<C, A, B>()      float32 sums C += rows A of bf16 times 16 pairs B of 16 columns of bf16
 //   split(p, high, low)       16 floats at p -> two bf16 each; interleave(a, b, pairs): 16 bf16 of each, side by side
 //
-// Queries and weights are float32: each is multiplied as the sum of two bf16 numbers, which err by 2^-16 of it at most.
-// Keys lie in the cache as a tile wants them: 16 pairs of depths, each of 16 positions. Values are put together in pairs
-// of positions first. All rows go this way, one token's as well as a chunk's, so that they come out alike.
+// Queries and weights are float32: each is multiplied as the sum of two bf16 numbers, which err by 2^-16 of it at
+// most. Keys lie in the cache as a tile wants them: 16 pairs of depths, each of 16 positions. Values are put together in
+// pairs of positions first. All rows go this way, one token's as well as a chunk's, so that they come out alike.
 
 constexpr int kTilePairs = kTileMaxBytes / 4;  // of bf16, in a row of a tile
 constexpr int kPartBytes = 2;
@@ -131,7 +131,8 @@ void mix_in_tiles(const AttentionTile& t, const SplitRows& weights, std::int64_t
 }
 
 // As attend_tile, which does the other caches.
-void attend_in_tiles(const AttentionTile& t, float* scores, char* together, float* highest, float* total, float* mixed) {
+void attend_in_tiles(const AttentionTile& t, float* scores, char* together, float* highest, float* total,
+                     float* mixed) {
     if (t.element_bytes != 2 || t.head_dim % (2 * kPanel) != 0)
         return attend_tile(t, scores, together, highest, total, mixed);
     TileHeights heights;
@@ -151,7 +152,7 @@ void attend_in_tiles(const AttentionTile& t, float* scores, char* together, floa
         char* split_weights = reinterpret_cast<char*>(ours);
         split_row(copy, positions, split_weights, split_weights + kTile * kPartBytes);
     }
-    mix_in_tiles(t, {reinterpret_cast<const char*>(scores), t.rows, kTile * sizeof(float), kTile * kPartBytes}, positions,
-                 heights, mixed);
+    const SplitRows weights{reinterpret_cast<const char*>(scores), t.rows, kTile * sizeof(float), kTile * kPartBytes};
+    mix_in_tiles(t, weights, positions, heights, mixed);
     release();
 }

@@ -38,10 +38,11 @@ std::uint64_t saved_registers() {
 // Eight registers of 16 rows of 64 bytes are what palette 1 means everywhere so far.
 bool has_known_tiles() {
     const Registers palette = cpuid(0x1d, 1);
-    return palette.b >> 16 == kTileRegisters && (palette.b & 0xffff) == kTileMaxBytes && (palette.c & 0xffff) == kTileMaxRows;
+    const bool fit = palette.b >> 16 == kTileRegisters && (palette.b & 0xffff) == kTileMaxBytes;
+    return fit && (palette.c & 0xffff) == kTileMaxRows;
 }
 
-// Linux grants the 8 KB of tile registers, for all threads, to a process that asks; kernels before 5.16 know no such call.
+// Linux grants the 8 KB of tile registers, for all threads, to a process that asks; before 5.16 it knows no such call.
 bool may_use_tiles() {
 #if defined(__linux__)
     constexpr long request_permission = 0x1023, tile_data = 18;

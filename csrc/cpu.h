@@ -10,8 +10,8 @@ struct CpuFeatures {
     bool amx = false;          // AMX-TILE, -INT8 and -BF16 beside them, which the system lets us use: Sapphire Rapids
 };
 
-// Asks cpuid, xgetbv for the registers that the system saves, and the system for tile registers, which a process may use
-// only once it was granted them. Constant while the process lives.
+// Asks cpuid, xgetbv for the registers that the system saves, and the system for tile registers, which a process may
+// use only once it was granted them. Constant while the process lives.
 const CpuFeatures& cpu_features();
 
 }  // namespace tern

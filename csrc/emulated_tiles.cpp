@@ -30,7 +30,9 @@ float bf16(const std::uint8_t* bytes) {
     return flushed(x);
 }
 
-std::string shape(int rows, int row_bytes) { return std::to_string(rows) + " rows of " + std::to_string(row_bytes) + " bytes"; }
+std::string shape(int rows, int row_bytes) {
+    return std::to_string(rows) + " rows of " + std::to_string(row_bytes) + " bytes";
+}
 
 }  // namespace
 
@@ -38,8 +40,8 @@ void EmulatedTiles::configure(const TileConfig& config) {
     const int palette = config.palette;
     demand(palette <= 1, "#GP", "there is no palette " + std::to_string(palette));
     if (palette == 0) return release();
-    demand(all_zero(config.reserved, 0) && all_zero(config.row_bytes, kTileRegisters) && all_zero(config.rows, kTileRegisters),
-           "#GP", "reserved bytes are not zero");
+    const bool rest_zero = all_zero(config.row_bytes, kTileRegisters) && all_zero(config.rows, kTileRegisters);
+    demand(all_zero(config.reserved, 0) && rest_zero, "#GP", "reserved bytes are not zero");
     demand(config.start_row < kTileMaxRows, "#GP", "no tile has a row " + std::to_string(config.start_row));
     for (int tile = 0; tile < kTileRegisters; ++tile) {
         const int rows = config.rows[tile], row_bytes = config.row_bytes[tile];
@@ -89,9 +91,9 @@ void EmulatedTiles::demand_fit(int sums, int a, int b) const {
     const Tile &left = configured(a), &right = configured(b), &shape_of_sums = configured(sums);
     demand(sums != a && sums != b && a != b, "#UD", "a tile cannot be two operands");
     demand(left.row_bytes % 4 == 0 && right.row_bytes % 4 == 0, "#UD", "rows must be whole quads of bytes");
-    demand(shape_of_sums.rows == left.rows && shape_of_sums.row_bytes == right.row_bytes && left.row_bytes / 4 == right.rows,
-           "#UD", "sums of " + shape(shape_of_sums.rows, shape_of_sums.row_bytes) + " cannot hold products of " +
-           shape(left.rows, left.row_bytes) + " and " + shape(right.rows, right.row_bytes));
+    const bool fit = shape_of_sums.rows == left.rows && shape_of_sums.row_bytes == right.row_bytes;
+    demand(fit && left.row_bytes / 4 == right.rows, "#UD", "sums of " + shape(shape_of_sums.rows, shape_of_sums.row_bytes) + " cannot hold products of " + shape(left.rows, left.row_bytes) + " and " +
+               shape(right.rows, right.row_bytes));
 }
 
 void EmulatedTiles::add_products(int sums, int a, int b) {
@@ -122,7 +124,8 @@ void EmulatedTiles::add_pairs(int sums, int a, int b) {
             std::memcpy(&sum, into.bytes[row] + 4 * column, sizeof sum);
             for (int pair = 0; pair < right.rows; ++pair)
                 for (int i = 0; i < 2; ++i) {
-                    const float x = bf16(left.bytes[row] + 4 * pair + 2 * i), y = bf16(right.bytes[pair] + 4 * column + 2 * i);
+                    const float x = bf16(left.bytes[row] + 4 * pair + 2 * i);
+                    const float y = bf16(right.bytes[pair] + 4 * column + 2 * i);
                     parts[i] = flushed(parts[i] + x * y);  // the product is exact: as if rounded once
                 }
             sum = flushed(flushed(sum) + flushed(parts[0] + parts[1]));

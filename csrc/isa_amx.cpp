@@ -7,8 +7,8 @@
 namespace tern::amx {
 namespace {
 
-// Written as assembly: GCC's intrinsics spell the register's number by a macro, which no template can, and before GCC 14
-// do not say that they touch memory.
+// Written as assembly: GCC's intrinsics spell the register's number by a macro, which no template can, and GCC 12's do
+// not say that a load reads memory.
 inline void configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
 inline void release() { __asm__ volatile("tilerelease"); }
 template <int T>
@@ -51,6 +51,7 @@ bool runs_on(const CpuFeatures& cpu) { return cpu.amx; }
 
 namespace tern {
 
-constexpr Kernels kAmx = amx::with_tiles(amx::kernel_table("amx", "tiles of byte products: Sapphire Rapids and later Xeons"));
+constexpr Kernels kAmx =
+    amx::with_tiles(amx::kernel_table("amx", "tile registers: Sapphire Rapids and later Xeons"));
 
 }  // namespace tern

@@ -1,5 +1,5 @@
-// What isa_amx.cpp computes, with emulated tile registers: slow, and last in the list, so that it runs only where a test
-// asks for it.
+// What isa_amx.cpp computes, with emulated tile registers: slow, and last in the list, so that it runs only where a
+// test asks for it.
 #include <immintrin.h>
 
 #include "emulated_tiles.h"

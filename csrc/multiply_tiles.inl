@@ -4,12 +4,12 @@
 // Before it stand, for tile registers T, C, A, B (numbers known to the compiler):
 //   configure(config), release()   the thread's registers, from here to there
 //   clear<T>(), load_tile<T>(p, stride), store_tile<T>(p, stride)
-//   add_products<C, A, B>()        int32 sums C += rows A of int8 times 16 quads B of 16 columns of u8
+//   add_products<C, A, B>()        int32 sums C += rows A of s8 times 16 quads B of 16 columns of u8
 // and load_lanes(p) beside the vectors of multiply.inl.
 //
-// Registers 0..3 are the sums of two tiles of rows (0, 1 and 2, 3) times two panels; 4, 5 are the rows' activations, 6, 7
-// the panels' weights: 64 depths of a panel of bytes are a tile as they lie. A register is loaded for two products, so
-// loads keep up with them from the first-level cache. There a span of kUnpackedPanels panels (16 KB) stays for
+// Registers 0..3 are the sums of two tiles of rows (0, 1 and 2, 3) times two panels; 4, 5 are the rows' activations, 6
+// and 7 the panels' weights: 64 depths of a panel of bytes are a tile as they lie. A register is loaded for two products,
+// so loads keep up with them from the first-level cache. There a span of kUnpackedPanels panels (16 KB) stays for
 // kTilesABlock tiles of rows, beside two of those (8 KB), the sums (4 KB) and the totals in the output.
 
 constexpr int kTileDepth = kTileMaxBytes;
