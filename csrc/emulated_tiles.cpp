@@ -88,12 +88,13 @@ void EmulatedTiles::store(int tile, void* memory, std::int64_t stride) const {
 }
 
 void EmulatedTiles::demand_fit(int sums, int a, int b) const {
-    const Tile &left = configured(a), &right = configured(b), &shape_of_sums = configured(sums);
+    const Tile &left = configured(a), &right = configured(b), &into = configured(sums);
     demand(sums != a && sums != b && a != b, "#UD", "a tile cannot be two operands");
     demand(left.row_bytes % 4 == 0 && right.row_bytes % 4 == 0, "#UD", "rows must be whole quads of bytes");
-    const bool fit = shape_of_sums.rows == left.rows && shape_of_sums.row_bytes == right.row_bytes;
-    demand(fit && left.row_bytes / 4 == right.rows, "#UD", "sums of " + shape(shape_of_sums.rows, shape_of_sums.row_bytes) + " cannot hold products of " + shape(left.rows, left.row_bytes) + " and " +
-               shape(right.rows, right.row_bytes));
+    const bool fit = into.rows == left.rows && into.row_bytes == right.row_bytes && left.row_bytes / 4 == right.rows;
+    demand(fit, "#UD",
+           "sums of " + shape(into.rows, into.row_bytes) + " cannot hold products of " +
+               shape(left.rows, left.row_bytes) + " and " + shape(right.rows, right.row_bytes));
 }
 
 void EmulatedTiles::add_products(int sums, int a, int b) {

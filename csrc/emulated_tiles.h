@@ -9,8 +9,8 @@
 namespace tern {
 
 // Every call throws std::logic_error where the instruction would fault: #GP for a configuration that is not legal,
-// #UD for registers that are not configured or do not fit each other. Source: Intel's Software Developer's Manual, volume 2,
-// and its AMX exception classes E1 to E4.
+// #UD for registers that are not configured or do not fit each other. Source: Intel's Software Developer's Manual,
+// volume 2, and its AMX exception classes E1 to E4.
 class EmulatedTiles {
   public:
     // LDTILECFG: all registers become zeros of these shapes. Palette 0 is as release().

@@ -13,6 +13,7 @@
 // up in float32, first to last, product and sum rounded apart. So a result does not depend on who computes it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace tern {
