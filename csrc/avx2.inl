@@ -49,21 +49,17 @@ inline Lanes load_factors(const std::uint8_t* p) {
     const __m128i factors = _mm_shuffle_epi8(meaning, _mm_and_si128(both, _mm_set1_epi8(15)));
     return {_mm256_cvtepi8_epi32(factors), _mm256_cvtepi8_epi32(_mm_srli_si128(factors, 8))};
 }
-// Bytes are multiplied as the two halves of 16-bit words: even ones in place, odd ones shifted down and back up.
+// A word's two nibbles are multiplied at once: with its offset no byte leaves 0..128, so none borrows from the other.
 inline void unpack(__m256i both, __m256i factors, std::uint8_t* low, std::uint8_t* high) {
     const __m256i factor =
         _mm256_or_si256(_mm256_and_si256(factors, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(factors, 16));
-    const __m256i offset = _mm256_sub_epi16(_mm256_set1_epi16(64), _mm256_slli_epi16(factor, 3));
+    const __m256i byte_offset = _mm256_sub_epi16(_mm256_set1_epi16(64), _mm256_slli_epi16(factor, 3));
+    const __m256i offset = _mm256_or_si256(byte_offset, _mm256_slli_epi16(byte_offset, 8));
     const auto scaled = [&](__m256i nibbles) {
         return _mm256_add_epi16(_mm256_mullo_epi16(nibbles, factor), offset);
     };
-    const __m256i mask = _mm256_set1_epi16(15);
-    const __m256i even_low = scaled(_mm256_and_si256(both, mask));
-    const __m256i even_high = scaled(_mm256_and_si256(_mm256_srli_epi16(both, 4), mask));
-    const __m256i odd_low = scaled(_mm256_and_si256(_mm256_srli_epi16(both, 8), mask));
-    const __m256i odd_high = scaled(_mm256_srli_epi16(both, 12));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm256_or_si256(even_low, _mm256_slli_epi16(odd_low, 8)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), _mm256_or_si256(even_high, _mm256_slli_epi16(odd_high, 8)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), scaled(low_nibbles(both)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high), scaled(low_nibbles(_mm256_srli_epi16(both, 4))));
 }
 inline void unpack(const Bytes& both, const Lanes& factors, std::uint8_t* low, std::uint8_t* high) {
     unpack(both.a, factors.a, low, high);

@@ -6,67 +6,7 @@
 namespace tern::avx512_vnni {
 namespace {
 
-constexpr int kTileRows = 12, kTilePanels = 2;  // 24 accumulators of 32 registers
-constexpr int kAttendRows = 6, kScoreGroups = 2, kMixVectors = 4;
-
-using Bytes = __m512i;
-using Floats = __m512;
-struct Lanes {
-    __m512i v;
-};
-
-inline Bytes load(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Bytes low_nibbles(Bytes both) { return _mm512_and_si512(both, _mm512_set1_epi8(15)); }
-inline Bytes high_nibbles(Bytes both) { return low_nibbles(_mm512_srli_epi16(both, 4)); }
-inline Bytes flip_signs(Bytes bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(char(0x80))); }
-inline Lanes all(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
-inline Lanes operator+(Lanes a, Lanes b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline Lanes operator*(Lanes a, Lanes b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-inline Lanes dot(Lanes sum, Bytes weights, std::int32_t quad) {
-    return {_mm512_dpbusd_epi32(sum.v, weights, _mm512_set1_epi32(quad))};
-}
-inline Lanes dot_small(Lanes sum, Bytes weights, std::int32_t quad) { return dot(sum, weights, quad); }
-inline Lanes load_factors(const std::uint8_t* p) {
-    const __m128i codes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-    const __m128i both = _mm_unpacklo_epi64(codes, _mm_srli_epi16(codes, 4));
-    const __m128i meaning = _mm_setr_epi8(-8, -7, -6, -5, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8);
-    return {_mm512_cvtepi8_epi32(_mm_shuffle_epi8(meaning, _mm_and_si128(both, _mm_set1_epi8(15))))};
-}
-// Bytes are multiplied as the two halves of 16-bit words: even ones in place, odd ones shifted down and back up.
-inline void unpack(Bytes both, Lanes factors, std::uint8_t* low, std::uint8_t* high) {
-    const __m512i factor = _mm512_or_si512(_mm512_and_si512(factors.v, _mm512_set1_epi32(0xffff)),
-                                           _mm512_slli_epi32(factors.v, 16));
-    const __m512i offset = _mm512_sub_epi16(_mm512_set1_epi16(64), _mm512_slli_epi16(factor, 3));
-    const auto scaled = [&](__m512i nibbles) {
-        return _mm512_add_epi16(_mm512_mullo_epi16(nibbles, factor), offset);
-    };
-    const __m512i mask = _mm512_set1_epi16(15);
-    const __m512i even_low = scaled(_mm512_and_si512(both, mask));
-    const __m512i even_high = scaled(_mm512_and_si512(_mm512_srli_epi16(both, 4), mask));
-    const __m512i odd_low = scaled(_mm512_and_si512(_mm512_srli_epi16(both, 8), mask));
-    const __m512i odd_high = scaled(_mm512_srli_epi16(both, 12));
-    _mm512_storeu_si512(low, _mm512_or_si512(even_low, _mm512_slli_epi16(odd_low, 8)));
-    _mm512_storeu_si512(high, _mm512_or_si512(even_high, _mm512_slli_epi16(odd_high, 8)));
-}
-inline Floats zero() { return _mm512_setzero_ps(); }
-inline Floats to_floats(Lanes lanes) { return _mm512_cvtepi32_ps(lanes.v); }
-inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-inline Floats times(Floats a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
-inline Floats times(Floats a, const float* b) { return _mm512_mul_ps(a, _mm512_loadu_ps(b)); }
-inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
-inline Floats load_narrow(const std::uint16_t* p) {
-    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
-}
-inline void even_odd(const char* p, Floats& even, Floats& odd) {
-    const __m512i pairs = _mm512_loadu_si512(p);
-    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
-}
-inline Floats times_plus(Floats x, float y, Floats sum) { return _mm512_fmadd_ps(x, _mm512_set1_ps(y), sum); }
-inline Floats add_product(Floats x, Floats y, Floats sum) { return _mm512_fmadd_ps(x, y, sum); }
-inline void store(float* p, Floats floats) { _mm512_storeu_ps(p, floats); }
-
+#include "avx512.inl"
 #include "elementwise.inl"
 #include "multiply.inl"
 #include "attention_bytes.inl"

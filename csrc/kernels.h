@@ -1,6 +1,6 @@
 // One object per instruction set: its name, what it needs, and its version of every kernel. All versions of a kernel
 // give the same result, bit for bit, but those of attention and of `dot`, where some round a product before it is added
-// and some do not.
+// and some do not; tiles multiply what is left of queries and weights after 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -82,7 +82,10 @@ static inline std::int64_t scratch_bytes(std::int64_t depth) { return kUnpackedP
 
 extern const Kernels kPortable;
 #if defined(TERN_X86_KERNELS)
-extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni, kAmxEmulated;
+#endif
+#if defined(TERN_AMX_KERNELS)
+extern const Kernels kAmx;
 #endif
 
 }  // namespace tern

@@ -27,7 +27,7 @@ std::int64_t pieces(std::int64_t total, std::int64_t size) { return (total + siz
 void ActivationBuffer::reserve(std::int64_t new_rows, std::int64_t new_depth) {
     rows = new_rows;
     depth = new_depth;
-    values_ = values.of(rows * depth);
+    values_ = values.of((rows + kRowsBeyond) * depth);
     scales_ = scales.of(rows * spans(depth));
     group_sums_ = group_sums.of(rows * (depth / kGroup));
     span_sums_ = span_sums.of(rows * spans(depth));

@@ -5,9 +5,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "emulated_tiles.h"
 #include "machine.h"
 
 namespace nb = nanobind;
@@ -17,14 +19,20 @@ namespace {
 
 using Address = std::uintptr_t;
 
-// By priority, the best first.
+// By priority, the best first. What stands after the portable ones is never chosen unless it is named.
 const Kernels* const kAllKernels[] = {
+#if defined(TERN_AMX_KERNELS)
+    &kAmx,
+#endif
 #if defined(TERN_X86_KERNELS)
     &kAvx512Vnni,
     &kAvxVnni,
     &kAvx2,
 #endif
     &kPortable,
+#if defined(TERN_X86_KERNELS)
+    &kAmxEmulated,
+#endif
 };
 
 void demand(bool condition, const char* message) {
@@ -137,6 +145,27 @@ NB_MODULE(_kernels, m) {
     m.def("cache", cache, nb::arg("keys"), nb::arg("values"), nb::arg("num_blocks"), nb::arg("block_size"),
           nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("element_bytes"));
     m.def("rows", rows, nb::arg("data"), nb::arg("type"), nb::arg("count"), nb::arg("width"));
+
+    nb::class_<EmulatedTiles>(m, "EmulatedTiles")
+        .def(nb::init<>())
+        .def("configure", [](EmulatedTiles& self, const nb::bytes& config) {
+            demand(config.size() == sizeof(TileConfig), "a configuration is 64 bytes");
+            TileConfig shapes;
+            std::memcpy(&shapes, config.c_str(), sizeof shapes);
+            self.configure(shapes);
+        }, nb::arg("config"))
+        .def("release", &EmulatedTiles::release)
+        .def("clear", &EmulatedTiles::clear, nb::arg("tile"))
+        .def("load", [](EmulatedTiles& self, int tile, Address memory, std::int64_t stride) {
+            self.load(tile, at<const void>(memory), stride);
+        }, nb::arg("tile"), nb::arg("memory"), nb::arg("stride"))
+        .def("store", [](const EmulatedTiles& self, int tile, Address memory, std::int64_t stride) {
+            self.store(tile, at<void>(memory), stride);
+        }, nb::arg("tile"), nb::arg("memory"), nb::arg("stride"))
+        .def("add_products", &EmulatedTiles::add_products, nb::arg("sums"), nb::arg("a"), nb::arg("b"))
+        .def("add_pairs", &EmulatedTiles::add_pairs, nb::arg("sums"), nb::arg("a"), nb::arg("b"))
+        .def_prop_ro("products", &EmulatedTiles::products);
+    m.def("emulated_tiles", emulated_tiles, nb::rv_policy::reference);
 
     nb::class_<Machine>(m, "Machine")
         .def("__init__", [](Machine* self, const std::string& name, int threads) {

@@ -13,6 +13,7 @@
 // up in float32, first to last, product and sum rounded apart. So a result does not depend on who computes it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace tern {
@@ -24,6 +25,7 @@ constexpr int kSpan = 256;   // depths that share an activation scale
 constexpr float kSmallest = 1e-30f;  // magnitudes up to here count as zero: their inverse would overflow
 constexpr int kGroupBytes = kPanel * kGroup / 2;
 constexpr int kFactorBytes = kPanel / 2;
+constexpr int kRowsBeyond = 15;  // behind the last row of activations that kernels may read: tiles have whole rows
 
 struct PackedWeight {
     int bits;  // 4 or 8
@@ -46,7 +48,7 @@ struct PackedWeight {
 
 // Rows of activations, quantised.
 struct Activations {
-    const std::int8_t* values;       // [rows, depth]
+    const std::int8_t* values;       // [rows, depth], then kRowsBeyond rows of anything
     const float* scales;             // [rows, spans]
     const std::int32_t* group_sums;  // [rows, depth / kGroup]
     const std::int32_t* span_sums;   // [rows, spans]
