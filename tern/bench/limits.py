@@ -48,11 +48,18 @@ class Work:
 
 
 def step_work(
-    config: ErnieConfig, tensors: Mapping[str, ops.Weight], *, sequences: int, tokens: int, depth: int, kv_itemsize: int
+    config: ErnieConfig,
+    tensors: Mapping[str, ops.Weight],
+    *,
+    sequences: int,
+    tokens: int,
+    depth: int,
+    kv_token_bytes: int,
 ) -> Work:
     """The work of a step of `tokens` new tokens for each of `sequences` sequences with `depth` tokens before them.
 
-    Of the experts as many are read as tokens that choose evenly would choose; a sequence gets one row of logits.
+    Of the experts as many are read as tokens that choose evenly would choose; a sequence gets one row of logits, and a
+    token takes `kv_token_bytes` in the cache.
     """
     rows = sequences * tokens
     chosen = config.moe_k / config.moe_num_experts if config.moe_num_experts else 0.0
@@ -65,8 +72,7 @@ def step_work(
     head = tensors.get("head", tensors["embed"])
     read += head.nbytes
     operations += 2.0 * math.prod(head.shape) * sequences
-    kv_width = config.num_key_value_heads * config.head_dim
-    read += 2.0 * config.num_hidden_layers * kv_width * kv_itemsize * sequences * (depth + tokens)
+    read += float(kv_token_bytes) * sequences * (depth + tokens)
     seen = depth + (tokens + 1) / 2
     operations += 4.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * rows * seen
     return Work(read, operations)

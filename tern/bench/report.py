@@ -18,13 +18,14 @@ from tern.bench.overhead import ROOM, TimedModel, overhead_share
 from tern.bench.setting import Setting
 from tern.checkpoint import ModelSource, load_tensors
 from tern.engine import Engine, EngineOptions
-from tern.engine.cache_size import free_memory, token_bytes
+from tern.engine.cache_size import cache_dtype, free_memory, token_bytes
 from tern.errors import OptionError
-from tern.model import Batch, ErnieConfig
+from tern.model import Batch, ErnieConfig, KVCache
 
 BLOCK_SIZE = 16
 CHUNK = 2048  # most tokens of one step; a longer prompt is timed as steps of so many
 WARM_UP_STEPS, DECODE_STEPS = 3, 15
+FILLED_BLOCKS = 64  # whose random content the cache repeats
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,12 @@ class Bench:
     """
 
     def __init__(
-        self, config: ErnieConfig, tensors: Mapping[str, ops.Weight], most_tokens: int, most_sequences: int = 1
+        self,
+        config: ErnieConfig,
+        tensors: Mapping[str, ops.Weight],
+        most_tokens: int,
+        most_sequences: int = 1,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         self.config, self.tensors = config, tensors
         self.model = TimedModel(config, tensors)
@@ -82,14 +88,12 @@ class Bench:
             max_num_batched_tokens=min(max(most_tokens, most_sequences), 2**20),
             block_size=BLOCK_SIZE,
             num_kv_blocks=blocks,
+            kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=False,
         )
         self.engine = Engine(self.model, (), options)
         self.kv = self.engine.runner.kv
-        noise = torch.randn(self.kv.values[0].numel(), generator=torch.Generator().manual_seed(0))
-        for cache in (self.kv.keys, self.kv.values):
-            for layer in cache:
-                layer.copy_(noise.view(layer.shape))
+        _fill(self.kv, config)
         self.random = torch.Generator().manual_seed(1)
 
     def batch(self, sequences: int, tokens: int, depth: int) -> Batch:
@@ -117,14 +121,14 @@ class Bench:
         batch = self.batch(sequences, tokens, depth)
         started = time.perf_counter()
         hidden = self.model.hidden(batch, self.kv)
-        self.model.logits(hidden.index_select(0, batch.logit_rows)).argmax(-1).tolist()
+        ops.largest(self.model.logits(hidden.index_select(0, batch.logit_rows)))[1].tolist()
         return time.perf_counter() - started
 
     def work(self, sequences: int, tokens: int, depth: int) -> Work:
         """The least that such a step must do."""
-        itemsize = self.model.dtype.itemsize
         sizes = {"sequences": sequences, "tokens": tokens, "depth": depth}
-        return step_work(self.config, self.tensors, **sizes, kv_itemsize=itemsize)
+        kv_token_bytes = token_bytes(self.config, self.kv.keys.dtype)
+        return step_work(self.config, self.tensors, **sizes, kv_token_bytes=kv_token_bytes)
 
     def prefill(self, tokens: int, depth: int, limits: MachineLimits) -> BenchResult:
         """A prompt of `tokens` after `depth` others: the median of three runs, or the only one of a long prompt."""
@@ -151,6 +155,7 @@ def run_bench(
     source: ModelSource,
     *,
     quantization: str | None,
+    kv_cache_dtype: str = "auto",
     prefill: Sequence[int],
     decode: Sequence[int],
     depths: Sequence[int],
@@ -179,19 +184,35 @@ def run_bench(
     most_sequences = max([1, *decode])
     embedding = tensors["embed"]
     assert isinstance(embedding, torch.Tensor)
-    cache_bytes = (needed + most_sequences * (ROOM + BLOCK_SIZE)) * token_bytes(source.config, embedding.dtype)
+    dtype = cache_dtype(kv_cache_dtype, embedding.dtype)
+    cache_bytes = (needed + most_sequences * (ROOM + BLOCK_SIZE)) * token_bytes(source.config, dtype)
     free = free_memory(embedding.device)
     if cache_bytes > free:
         raise OptionError(
             f"The KV cache of these runs takes {cache_bytes / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: "
             "lower --depth, --decode or --prefill."
         )
-    bench = Bench(source.config, tensors, needed, most_sequences)
+    bench = Bench(source.config, tensors, needed, most_sequences, kv_cache_dtype)
     results = []
     for result in _results(bench, limits, prefill, decode, depths):
         on_result(result)
         results.append(result)
     return BenchReport(source.name, quantization, Setting.now(command), limits, results, load_seconds, peak_rss() / 1e9)
+
+
+def _fill(kv: KVCache, config: ErnieConfig) -> None:
+    """Random keys and values, the same few blocks over and over."""
+    count = min(FILLED_BLOCKS, kv.keys.shape[1])
+    keys, values = kv.keys[0, :count].clone(), kv.values[0, :count].clone()
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, count * kv.block_size, config.num_key_value_heads, config.head_dim)
+    noise = torch.randn(shape, generator=generator)
+    ops.write_kv(keys, values, noise[0], noise[1], torch.arange(shape[1]))
+    for layer in range(kv.keys.shape[0]):
+        for start in range(0, kv.keys.shape[1], count):
+            size = min(count, kv.keys.shape[1] - start)
+            kv.keys[layer, start : start + size] = keys[:size]
+            kv.values[layer, start : start + size] = values[:size]
 
 
 def _results(

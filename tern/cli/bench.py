@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2**20
 MOST_SEQUENCES = 4096
-STEP_FLAGS = ("quantization", "prefill", "decode", "depth", "revision")
+STEP_FLAGS = ("quantization", "kv_cache_dtype", "prefill", "decode", "depth", "revision")
 LOAD_FLAGS = ("rates", "requests", "prompt_tokens", "output_tokens", "concurrency", "endpoint", "api_key", "seed")
 
 
@@ -25,6 +25,7 @@ def bench(
     context: typer.Context,
     model: Annotated[str | None, typer.Option(help="Directory, hub id or dummy:PRESET; with --url its name.")] = None,
     quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512",
     decode: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1",
     depth: Annotated[str, typer.Option(help="Tokens that are in the cache already.")] = "0",
@@ -75,6 +76,7 @@ def bench(
     measured = run_bench(
         resolve_model(model, revision=revision),
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         prefill=lengths,
         decode=sequences,
         depths=depths,

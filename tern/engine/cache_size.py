@@ -22,6 +22,11 @@ MOST_MEMORY_SHARE = 0.9  # taken by default where one full-length sequence needs
 _CGROUP = "/sys/fs/cgroup"
 
 
+def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """What a cache keeps keys and values in, by the option `kv_cache_dtype`."""
+    return model_dtype if name == "auto" else getattr(torch, name)
+
+
 def token_bytes(config: ErnieConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token takes in all layers, in a cache of `dtype`."""
     tokens = 4  # the smallest block that a cache of any type has

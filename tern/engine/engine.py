@@ -21,7 +21,7 @@ import torch
 from tern.checkpoint import ModelSource, load_model, weights_identity
 from tern.engine.block_files import open_directory
 from tern.engine.block_pool import BlockPool, IntegrityError
-from tern.engine.cache_size import free_memory, resolve_max_model_len, resolve_num_blocks
+from tern.engine.cache_size import cache_dtype, free_memory, resolve_max_model_len, resolve_num_blocks
 from tern.engine.disk_cache import DiskCache
 from tern.engine.options import EngineOptions
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
@@ -99,7 +99,7 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.max_model_len = resolve_max_model_len(options, model.config)
-        kv_dtype = model.dtype if options.kv_cache_dtype == "auto" else getattr(torch, options.kv_cache_dtype)
+        kv_dtype = cache_dtype(options.kv_cache_dtype, model.dtype)
         num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free_memory(model.device), self.max_model_len)
         self.runner = Runner(model, num_blocks=num_blocks, block_size=options.block_size, kv_dtype=kv_dtype)
         self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)

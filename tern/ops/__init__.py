@@ -9,7 +9,15 @@ from torch import Tensor
 
 from tern.ops import cpu, reference, reference_attention, reference_packed, reference_sampling
 from tern.ops.packed import PackedWeight, Weight, empty, packed_shapes, unpack
-from tern.ops.reference import cached_head_dim, embed, kv_cache_shapes, rms_norm, rotary_frequencies, rotary_table
+from tern.ops.reference import (
+    cached_head_dim,
+    embed,
+    kv_cache_shapes,
+    rms_norm,
+    rotary_frequencies,
+    rotary_table,
+    write_kv,
+)
 from tern.ops.reference_sampling import Draws, likeliest
 from tern.ops.swiglu import SwiGLUWeights
 
@@ -40,6 +48,7 @@ __all__ = [
     "route",
     "swiglu",
     "unpack",
+    "write_kv",
 ]
 
 AttentionPlan = cpu.SequencesPlan | reference_attention.AttentionPlan

@@ -17,6 +17,7 @@ from tern.bench.overhead import ROOM, overhead_share
 from tern.bench.report import Bench
 from tern.checkpoint import PRESETS, load_tensors, resolve_model
 from tern.cli import main
+from tern.engine.cache_size import token_bytes
 from tern.engine.sampler import Sampler
 from tern.errors import OptionError
 from tern.model import Batch, ErnieModel, KVCache
@@ -41,7 +42,9 @@ def test_a_step_s_work_is_what_a_dense_network_multiplies(monkeypatch: pytest.Mo
     matrices = [t for name, t in tensors.items() if name.startswith("layers.") and len(t.shape) == 2]
     elements, head = sum(t.numel() for t in matrices), tensors["embed"].numel()
     width = config.num_key_value_heads * config.head_dim
-    work = step_work(config, tensors, sequences=3, tokens=1, depth=10, kv_itemsize=2)
+    work = step_work(
+        config, tensors, sequences=3, tokens=1, depth=10, kv_token_bytes=token_bytes(config, torch.bfloat16)
+    )
     assert work.read_bytes == 2 * (elements + head) + 3 * 11 * 2 * 2 * width * config.num_hidden_layers
     attention = 3 * 11 * 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     assert work.operations == 3 * 2 * (elements + head) + attention
@@ -52,11 +55,10 @@ def test_experts_are_read_as_often_as_even_choices_would() -> None:
     tensors = load_tensors(source, quantization="wint4")
     stacks = sum(t.nbytes for name, t in tensors.items() if name.endswith((".moe.gate_up", ".moe.down")))
     share = source.config.moe_k / source.config.moe_num_experts
-    sizes = {"tokens": 1, "depth": 0, "kv_itemsize": 2}
+    sizes = {"tokens": 1, "depth": 0, "kv_token_bytes": 400}
     one = step_work(source.config, tensors, sequences=1, **sizes)
     many = step_work(source.config, tensors, sequences=10_000, **sizes)
-    kv = 2 * 2 * source.config.num_hidden_layers * source.config.num_key_value_heads * source.config.head_dim
-    assert many.read_bytes - one.read_bytes == pytest.approx(stacks * (1 - share) + 9_999 * kv)
+    assert many.read_bytes - one.read_bytes == pytest.approx(stacks * (1 - share) + 9_999 * 400)
 
 
 def test_the_slower_of_reading_and_multiplying_is_the_limit() -> None:
@@ -65,11 +67,13 @@ def test_the_slower_of_reading_and_multiplying_is_the_limit() -> None:
     assert Work(read_bytes=5e9, operations=4e12).seconds(limits) == 2.0
 
 
-def test_the_timed_step_is_the_network_s_own() -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_the_timed_step_is_the_network_s_own(kv_cache_dtype: str) -> None:
     """Two ways into the same sequences, prefilled at once or decoded one by one, give the same hidden states."""
     source = resolve_model("dummy:tiny")
     tensors = load_tensors(source, quantization="wint4", dtype=torch.float32)
-    bench = Bench(source.config, tensors, 200)
+    bench = Bench(source.config, tensors, 200, kv_cache_dtype=kv_cache_dtype)
+    assert bench.kv.keys.any()
     batch = bench.batch(2, 20, 30)
     model = ErnieModel(source.config, tensors)
     kv = KVCache(bench.kv.keys.clone(), bench.kv.values.clone())
