@@ -3,26 +3,35 @@
 Knows how to move bytes; which bytes go where is `placement`'s, and where a model's files are is `source`'s business.
 Memory: a stored tensor that is already the canonical one (whole, same dtype, not transposed, on the CPU) is used where
 it is mapped and costs nothing until it is read; the others are allocated once and filled piece by piece straight from
-the mapped files. No second copy of the model, and no temporary larger than one stored tensor, ever exists.
+the mapped files. No second copy of the model, and no temporary larger than one stored tensor, ever exists; of one that
+is packed from a few bits to others, the floats between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 import torch
 
 from tern import ops
-from tern.checkpoint.inventory import take_inventory
+from tern.checkpoint.inventory import Inventory, take_inventory
 from tern.checkpoint.packed_files import load_packed, write_packed
 from tern.checkpoint.placement import Piece, plan_pieces
 from tern.checkpoint.problems import Problems
 from tern.checkpoint.progress import byte_progress
-from tern.checkpoint.quantisation import check_quantization, pack_parameter, pack_tied_head, packed_shapes
+from tern.checkpoint.quantisation import (
+    check_quantization,
+    choose_quantization,
+    pack_parameter,
+    pack_tied_head,
+    packed_bits,
+    packed_shapes,
+)
 from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles
 from tern.checkpoint.source import ModelSource
+from tern.checkpoint.stored_weights import fill, is_plain
 from tern.checkpoint.synthetic import synthetic_parameters, synthetic_tensors
 from tern.errors import OptionError
 from tern.model import ErnieModel, float32_parameters, parameter_shapes
@@ -42,9 +51,10 @@ def load_model(
 ) -> ErnieModel:
     """Build the network that `source` describes, with its weights in `dtype` on `device`.
 
-    `quantization` "wint4" or "wint8" packs linear weights and experts as they are read. `dtype` None takes that of the
-    config, or failing that the one the embeddings are stored in. Routers and correction biases are float32 always. MTP
-    weights that the files lack are left out without a word.
+    `quantization` "wint4" or "wint8" packs linear weights and experts as they are read; None does so too, on the CPU,
+    where the files hold weights of few bits (`ModelSource.default_quantization`), "none" never. `dtype` None takes that
+    of the config, or failing that the one the embeddings are stored in. Routers and correction biases are float32
+    always. MTP weights that the files lack are left out without a word.
 
     Raises `CheckpointError` that lists every tensor that is missing, surplus, misshapen or of an unsupported dtype and
     every file that is missing or damaged, and `OptionError` for a dtype that networks do not run in or a quantization
@@ -74,8 +84,7 @@ def load_tensors(
                 "leave it out."
             )
         return load_packed(source, source.stored_bits, dtype, progress=progress)
-    if quantization is not None:
-        check_quantization(quantization, device)
+    quantization = choose_quantization(quantization, source.default_quantization, device)
     if source.synthetic_seed is not None:
         dtype = dtype or _config_dtype(source) or torch.bfloat16
         seed = source.synthetic_seed
@@ -111,7 +120,7 @@ def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, pr
             for name in names:
                 stored = "embed" if name == "head" and config.tie_word_embeddings else name
                 if stored in plan:
-                    target = torch.float32 if name in wide else dtype
+                    target = _target_dtype(stored, plan[stored], wide, dtype, quantization)
                     tensor = _assemble(plan[stored], shapes[stored], target, torch.device("cpu"), files)
                     yield name, pack_parameter(name, tensor, quantization)
 
@@ -121,7 +130,10 @@ def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, pr
 def plan_checkpoint(source: ModelSource) -> Plan:
     """Read the headers of the files and map every canonical tensor to its pieces, or raise what is wrong with them."""
     problems = Problems()
-    inventory = take_inventory(source.directory, problems)
+    if source.entries is None:
+        inventory = take_inventory(source.directory, problems)
+    else:
+        inventory = Inventory(list(source.entries))
     plan: Plan = {}
     if inventory.entries or not problems:
         plan = plan_pieces(inventory.entries, inventory.lost, _storable_shapes(source), source.config, problems)
@@ -139,7 +151,7 @@ def _storable_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_dtype(source: ModelSource, plan: Plan) -> torch.dtype:
-    return _config_dtype(source) or WEIGHT_DTYPES[plan["embed"][0].entry.dtype]
+    return _config_dtype(source) or WEIGHT_DTYPES.get(plan["embed"][0].entry.dtype, torch.bfloat16)
 
 
 def _config_dtype(source: ModelSource) -> torch.dtype | None:
@@ -163,13 +175,22 @@ def _fill(
     total = sum(piece.entry.nbytes for pieces in plan.values() for piece in pieces)
     with byte_progress(f"Loading {source.name}", total, enabled=progress) as advance:
         for name, pieces in plan.items():
-            target_dtype = torch.float32 if name in wide else dtype
-            tensor = _assemble(pieces, shapes[name], target_dtype, device, files)
+            target = _target_dtype(name, pieces, wide, dtype, quantization)
+            tensor = _assemble(pieces, shapes[name], target, device, files)
             tensors[name] = tensor if quantization is None else pack_parameter(name, tensor, quantization)
             advance(sum(piece.entry.nbytes for piece in pieces))
     if quantization is not None:
         pack_tied_head(tensors, source.config, quantization)
     return tensors
+
+
+def _target_dtype(
+    name: str, pieces: list[Piece], wide: Set[str], dtype: torch.dtype, quantization: str | None
+) -> torch.dtype:
+    """The dtype to assemble a parameter in: its own; float32 for what is made floats only in order to be packed."""
+    packed = quantization is not None and packed_bits(name, quantization) is not None
+    computed = not all(is_plain(piece.entry) for piece in pieces)
+    return torch.float32 if name in wide or (packed and computed) else dtype
 
 
 def _assemble(
@@ -178,11 +199,9 @@ def _assemble(
     """One canonical tensor: the mapped one itself where that serves, else a new one filled from its pieces."""
     first = pieces[0]
     whole = math.prod(first.shape) == math.prod(shape) and not first.transposed
-    if whole and WEIGHT_DTYPES[first.entry.dtype] == dtype and device.type == "cpu":
+    if whole and WEIGHT_DTYPES.get(first.entry.dtype) == dtype and device.type == "cpu":
         return files.tensor(first.entry).view(shape)
     tensor = torch.empty(shape, dtype=dtype, device=device)
     for piece in pieces:
-        stored = files.tensor(piece.entry)
-        place = tensor if piece.expert is None else tensor[piece.expert]
-        place[piece.rows].copy_(stored.t() if piece.transposed else stored.view(piece.shape))
+        fill(tensor[piece.place], piece.entry, files, transposed=piece.transposed)
     return tensor

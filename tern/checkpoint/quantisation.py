@@ -19,6 +19,8 @@ from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 
 QUANTIZATIONS = {"wint4": 4, "wint8": 8}
 """Bits of linear weights and experts, by FastDeploy's names."""
+PLAIN = "none"
+"""The name for keeping weights as floats where a checkpoint of few bits would be packed by default."""
 HEAD_BITS = 8
 PACKED_METHOD, PACKED_FORMAT = "tern", 1
 """What `quantization_config` of a packed checkpoint calls its method and the version of its layout."""
@@ -29,9 +31,22 @@ UNFINISHED = "unfinished.json"
 def check_quantization(name: str, device: torch.device) -> None:
     """Raise `OptionError` unless weights can be packed as `name` says and multiplied on `device`."""
     if name not in QUANTIZATIONS:
-        raise OptionError(f"quantization is {name[:40]!r}: it must be one of {', '.join(QUANTIZATIONS)}.")
+        raise OptionError(f"quantization is {name[:40]!r}: it must be one of {', '.join((*QUANTIZATIONS, PLAIN))}.")
     if device.type != "cpu":
         raise OptionError(f"quantization is {name!r}, but the device is {device}: packed weights run on the CPU.")
+
+
+def choose_quantization(asked: str | None, default: str | None, device: torch.device) -> str | None:
+    """The packing to load with: what was asked for, else on the CPU the checkpoint's `default`; None for floats.
+
+    Raises `OptionError` unless weights can be packed as asked and multiplied on `device`.
+    """
+    if asked is None:
+        return default if device.type == "cpu" else None
+    if asked == PLAIN:
+        return None
+    check_quantization(asked, device)
+    return asked
 
 
 def packed_bits(name: str, quantization: str) -> int | None:
@@ -60,7 +75,9 @@ def pack_parameter(name: str, tensor: torch.Tensor, quantization: str) -> ops.We
         raise CheckpointError(
             f"{name} holds values that are not finite and cannot be packed: get the checkpoint again."
         )
-    return ops.pack(tensor, bits, packed_parts(name))
+    # The kernels that pack read float32 and bfloat16.
+    wide = tensor.float() if tensor.dtype == torch.float16 else tensor
+    return ops.pack(wide, bits, packed_parts(name))
 
 
 def pack_tied_head(tensors: dict[str, ops.Weight], config: ErnieConfig, quantization: str) -> None:

@@ -119,7 +119,7 @@ def _open_and_run(
         logger.info("model %s: found after %.1f s", source.name, time.perf_counter() - started)
         engine = Engine.open(source, engine_options)
         logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
-        return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory), source)
+        return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory, source.text_files), source)
 
     key = server_options.curl_key
     run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url, key=key)))

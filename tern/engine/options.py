@@ -10,7 +10,7 @@ from typing import Any
 from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("wint4", "wint8")
+QUANTIZATIONS = ("wint4", "wint8", "none")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -25,8 +25,9 @@ class EngineOptions:
     with neither, what `tern.engine.cache_size` takes from free memory. `enable_prefix_caching` reuses the blocks of
     prompts that begin alike. `max_queue`: requests that may wait before new ones are refused; None never refuses.
     `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in 4 or 8
-    bits ("wint4", "wint8"); None keeps them as they are stored. `check_integrity_when_idle` verifies the engine's books
-    each time it runs out of work.
+    bits ("wint4", "wint8"); "none" keeps them floats; None does as the files suggest: floats stay floats, weights of
+    few bits are packed on the CPU. `check_integrity_when_idle` verifies the engine's books each time it runs out of
+    work.
 
     Raises `OptionError` that names the option, the value and the limit.
     """

@@ -1,0 +1,39 @@
+"""A stored tensor -> floats in their place in the network, whatever form the file keeps them in.
+
+Knows the forms: plain floats and GGML's blocks. Knows no names and no layouts. What has to be computed from the stored
+bytes is computed in runs of at most `RUN` weights, so that beside the tensor that is filled little memory is needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from tern.checkpoint.block_formats import BLOCK_FORMATS, dequantise
+from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles, TensorEntry
+
+RUN = 1 << 24
+
+
+def is_plain(entry: TensorEntry) -> bool:
+    """Whether the file holds the floats themselves."""
+    return entry.dtype in WEIGHT_DTYPES
+
+
+def is_readable(entry: TensorEntry) -> bool:
+    """Whether floats can be made of what the file holds."""
+    return is_plain(entry) or entry.dtype in BLOCK_FORMATS
+
+
+def fill(place: Tensor, entry: TensorEntry, files: MappedFiles, *, transposed: bool) -> None:
+    """Write the floats of a stored tensor, transposed if so said, to `place`, in its dtype."""
+    if is_plain(entry):
+        stored = files.tensor(entry)
+        place.copy_(stored.t() if transposed else stored.view(place.shape))
+        return
+    block = BLOCK_FORMATS[entry.dtype]
+    rows = files.raw(entry).view(*place.shape[:-1], place.shape[-1] // block.weights * block.nbytes)
+    step = max(1, RUN // max(1, math.prod(place.shape[1:])))
+    for start in range(0, place.shape[0], step):
+        place[start : start + step].copy_(dequantise(rows[start : start + step], block))
