@@ -29,6 +29,8 @@ _NAMES = {
     "pad_token": "padding_token_id",
     "mask_token": "mask_token_id",
 }
+_NO_PIECE = "<no piece>"
+"""Named as the begin token of a tokenizer that puts none before a text."""
 _BPE = 2
 """sentencepiece's number for a model that merges pairs."""
 
@@ -53,6 +55,10 @@ def text_files(metadata: Mapping[str, Any], path: Path) -> dict[str, bytes]:
     }
     if (unknown := _index(metadata, "unknown_token_id", tokens, path)) is not None and UNKNOWN not in types:
         types = [*types[:unknown], UNKNOWN, *types[unknown + 1 :]]
+    if types.count(UNKNOWN) != 1:
+        raise CheckpointError(
+            f"{path} has no sound tokenizer: {types.count(UNKNOWN)} of its tokens stand for the unknown, and one must."
+        )
     added = {
         str(index): {"content": token, "special": False}
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -107,12 +113,12 @@ def _sentencepiece_model(
         if kind == USER_DEFINED:
             piece, kind = f"<added {index}>", UNUSED
         records.append(_field(1, _field(1, piece.encode()) + _number(2, score) + _number(3, kind)))
-    begins = token_id(metadata, "add_bos_token") is not False
+    begins = names.get("bos_token", "<s>") if token_id(metadata, "add_bos_token") is not False else _NO_PIECE
     trainer = (
         _number(3, _BPE)
         + _number(35, int(has_bytes))
         + _field(45, names.get("unk_token", "<unk>").encode())
-        + _field(46, names.get("bos_token", "<s>").encode() if begins else b"")
+        + _field(46, begins.encode())
         + _field(47, names.get("eos_token", "</s>").encode())
         + _field(48, names.get("pad_token", "<pad>").encode())
     )

@@ -178,7 +178,7 @@ class TestPlaces:
         with pytest.raises(CheckpointError, match=r"one of 3 parts, but it-00003-of-00003\.gguf is not beside it"):
             resolve_model(parts[0])
 
-    def test_a_part_of_another_model(self, parts: list[Path], tmp_path: Path) -> None:
+    def test_a_part_of_another_model(self, parts: list[Path]) -> None:
         parts[2].write_bytes(parts[1].read_bytes())
         with pytest.raises(CheckpointError, match="in several of its parts"):
             resolve_model(parts[0])
