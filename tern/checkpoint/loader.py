@@ -25,6 +25,7 @@ from tern.checkpoint.quantisation import (
     check_quantization,
     choose_quantization,
     pack_parameter,
+    pack_stack,
     pack_tied_head,
     packed_bits,
     packed_shapes,
@@ -37,6 +38,7 @@ from tern.errors import OptionError
 from tern.model import ErnieModel, float32_parameters, parameter_shapes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CPU = torch.device("cpu")
 
 Plan = dict[str, list[Piece]]
 
@@ -121,8 +123,7 @@ def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, pr
                 stored = "embed" if name == "head" and config.tie_word_embeddings else name
                 if stored in plan:
                     target = _target_dtype(stored, plan[stored], wide, dtype, quantization)
-                    tensor = _assemble(plan[stored], shapes[stored], target, torch.device("cpu"), files)
-                    yield name, pack_parameter(name, tensor, quantization)
+                    yield name, _parameter(name, plan[stored], shapes[stored], target, CPU, files, quantization)
 
     write_packed(source, destination, bits, dtype, parameters, progress=progress)
 
@@ -176,8 +177,7 @@ def _fill(
     with byte_progress(f"Loading {source.name}", total, enabled=progress) as advance:
         for name, pieces in plan.items():
             target = _target_dtype(name, pieces, wide, dtype, quantization)
-            tensor = _assemble(pieces, shapes[name], target, device, files)
-            tensors[name] = tensor if quantization is None else pack_parameter(name, tensor, quantization)
+            tensors[name] = _parameter(name, pieces, shapes[name], target, device, files, quantization)
             advance(sum(piece.entry.nbytes for piece in pieces))
     if quantization is not None:
         pack_tied_head(tensors, source.config, quantization)
@@ -193,6 +193,24 @@ def _target_dtype(
     return torch.float32 if name in wide or (packed and computed) else dtype
 
 
+def _parameter(
+    name: str,
+    pieces: list[Piece],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    files: MappedFiles,
+    quantization: str | None,
+) -> ops.Weight:
+    """One parameter as the network keeps it. A stack that is packed is filled one expert at a time."""
+    if quantization is None or packed_bits(name, quantization) is None:
+        return _assemble(pieces, shape, dtype, device, files)
+    if len(shape) == 3:
+        experts = (_assemble_expert(pieces, expert, shape[1:], dtype, files) for expert in range(shape[0]))
+        return pack_stack(name, shape, experts, quantization)
+    return pack_parameter(name, _assemble(pieces, shape, dtype, device, files), quantization)
+
+
 def _assemble(
     pieces: list[Piece], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, files: MappedFiles
 ) -> torch.Tensor:
@@ -204,4 +222,17 @@ def _assemble(
     tensor = torch.empty(shape, dtype=dtype, device=device)
     for piece in pieces:
         fill(tensor[piece.place], piece.entry, files, transposed=piece.transposed)
+    return tensor
+
+
+def _assemble_expert(
+    pieces: list[Piece], expert: int, shape: tuple[int, ...], dtype: torch.dtype, files: MappedFiles
+) -> torch.Tensor:
+    """One expert of a stack, filled from its own pieces and from those that hold all experts."""
+    tensor = torch.empty(shape, dtype=dtype)
+    for piece in pieces:
+        first, *rest = piece.place
+        if first in (expert, slice(None)):
+            inside = None if first == expert else expert
+            fill(tensor[tuple(rest)], piece.entry, files, transposed=piece.transposed, expert=inside)
     return tensor

@@ -9,7 +9,7 @@ in 8 bits at either width: every token's logits come from it, and an error there
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -22,6 +22,9 @@ QUANTIZATIONS = {"wint4": 4, "wint8": 8}
 PLAIN = "none"
 """The name for keeping weights as floats where a checkpoint of few bits would be packed by default."""
 HEAD_BITS = 8
+CHECKED_ROWS = (
+    4096  # looked at together for values that are not finite: a mask of a whole head would take as much again
+)
 PACKED_METHOD, PACKED_FORMAT = "tern", 1
 """What `quantization_config` of a packed checkpoint calls its method and the version of its layout."""
 UNFINISHED = "unfinished.json"
@@ -71,13 +74,25 @@ def pack_parameter(name: str, tensor: torch.Tensor, quantization: str) -> ops.We
     bits = packed_bits(name, quantization)
     if bits is None:
         return tensor
-    if not tensor.isfinite().all():
+    if not all(bool(rows.isfinite().all()) for rows in tensor.flatten(0, -2).split(CHECKED_ROWS)):
         raise CheckpointError(
             f"{name} holds values that are not finite and cannot be packed: get the checkpoint again."
         )
     # The kernels that pack read float32 and bfloat16.
     wide = tensor.float() if tensor.dtype == torch.float16 else tensor
     return ops.pack(wide, bits, packed_parts(name))
+
+
+def pack_stack(
+    name: str, shape: tuple[int, ...], experts: Iterable[torch.Tensor], quantization: str
+) -> ops.PackedWeight:
+    """A stack of experts [experts, out, in], packed one after the other; errors as in `pack_parameter`."""
+    stack = ops.empty(shape, QUANTIZATIONS[quantization], packed_parts(name))
+    for place, tensor in enumerate(experts):
+        packed = pack_parameter(name, tensor, quantization)
+        assert isinstance(packed, ops.PackedWeight)
+        stack[place].copy_(packed)
+    return stack
 
 
 def pack_tied_head(tensors: dict[str, ops.Weight], config: ErnieConfig, quantization: str) -> None:

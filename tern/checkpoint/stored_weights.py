@@ -13,7 +13,7 @@ from torch import Tensor
 from tern.checkpoint.block_formats import BLOCK_FORMATS, dequantise
 from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles, TensorEntry
 
-RUN = 1 << 24
+RUN = 1 << 19
 
 
 def is_plain(entry: TensorEntry) -> bool:
@@ -26,14 +26,19 @@ def is_readable(entry: TensorEntry) -> bool:
     return is_plain(entry) or entry.dtype in BLOCK_FORMATS
 
 
-def fill(place: Tensor, entry: TensorEntry, files: MappedFiles, *, transposed: bool) -> None:
-    """Write the floats of a stored tensor, transposed if so said, to `place`, in its dtype."""
+def fill(
+    place: Tensor, entry: TensorEntry, files: MappedFiles, *, transposed: bool = False, expert: int | None = None
+) -> None:
+    """Write the floats of a stored tensor, or of one `expert` of a stored stack, to `place`, in its dtype."""
+    shape = place.shape if expert is None else entry.shape
     if is_plain(entry):
         stored = files.tensor(entry)
-        place.copy_(stored.t() if transposed else stored.view(place.shape))
+        whole = stored.t() if transposed else stored.view(shape)
+        place.copy_(whole if expert is None else whole[expert])
         return
     block = BLOCK_FORMATS[entry.dtype]
-    rows = files.raw(entry).view(*place.shape[:-1], place.shape[-1] // block.weights * block.nbytes)
+    rows = files.raw(entry).view(*shape[:-1], shape[-1] // block.weights * block.nbytes)
+    rows = rows if expert is None else rows[expert]
     step = max(1, RUN // max(1, math.prod(place.shape[1:])))
     for start in range(0, place.shape[0], step):
         place[start : start + step].copy_(dequantise(rows[start : start + step], block))

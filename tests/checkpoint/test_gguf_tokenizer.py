@@ -33,7 +33,7 @@ TEXTS = [
     " leading and  double   spaces \n\n\tand tabs",
     "今天北京的天气怎么样？龘靐齉",
     "emoji 😀👩‍👩‍👧 and é and \u0301, \u00a0",
-    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\nso two words</think>\n<response>\nyes</response></s>",
+    "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<think>\ntwo words</think>\n<response>\nyes</response></s>",
     "<s>a<|LOC_0|> b",
     "",
     " ",
