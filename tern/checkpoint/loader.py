@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tern import ops
+from tern.checkpoint.integer_formats import join_parts
 from tern.checkpoint.inventory import Inventory, take_inventory
 from tern.checkpoint.packed_files import load_packed, write_packed
 from tern.checkpoint.placement import Piece, plan_pieces
@@ -30,9 +31,9 @@ from tern.checkpoint.quantisation import (
     packed_bits,
     packed_shapes,
 )
-from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles
+from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles, TensorEntry
 from tern.checkpoint.source import ModelSource
-from tern.checkpoint.stored_weights import fill, is_plain
+from tern.checkpoint.stored_weights import StoredWeight, fill, is_plain
 from tern.checkpoint.synthetic import synthetic_parameters, synthetic_tensors
 from tern.errors import OptionError
 from tern.model import ErnieModel, float32_parameters, parameter_shapes
@@ -137,7 +138,10 @@ def plan_checkpoint(source: ModelSource) -> Plan:
         inventory = Inventory(list(source.entries))
     plan: Plan = {}
     if inventory.entries or not problems:
-        plan = plan_pieces(inventory.entries, inventory.lost, _storable_shapes(source), source.config, problems)
+        entries, lost = list[StoredWeight](inventory.entries), inventory.lost
+        if source.scheme is not None:
+            entries, lost = join_parts(inventory.entries, lost, source.scheme, problems)
+        plan = plan_pieces(entries, lost, _storable_shapes(source), source.config, problems)
     if problems:
         problems.fail(source.directory)
     return plan
@@ -152,6 +156,12 @@ def _storable_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_dtype(source: ModelSource, plan: Plan) -> torch.dtype:
+    """The dtype to load in where none is asked for: the config's, or that of the embeddings.
+
+    Where weights of few bits are packed, float16 is only what another engine's kernels computed in.
+    """
+    if source.default_quantization is not None and _config_dtype(source) in (None, torch.float16):
+        return torch.bfloat16
     return _config_dtype(source) or WEIGHT_DTYPES.get(plan["embed"][0].entry.dtype, torch.bfloat16)
 
 
@@ -215,10 +225,10 @@ def _assemble(
     pieces: list[Piece], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, files: MappedFiles
 ) -> torch.Tensor:
     """One canonical tensor: the mapped one itself where that serves, else a new one filled from its pieces."""
-    first = pieces[0]
+    first, entry = pieces[0], pieces[0].entry
     whole = math.prod(first.shape) == math.prod(shape) and not first.transposed
-    if whole and WEIGHT_DTYPES.get(first.entry.dtype) == dtype and device.type == "cpu":
-        return files.tensor(first.entry).view(shape)
+    if isinstance(entry, TensorEntry) and WEIGHT_DTYPES.get(entry.dtype) == dtype and whole and device.type == "cpu":
+        return files.tensor(entry).view(shape)
     tensor = torch.empty(shape, dtype=dtype, device=device)
     for piece in pieces:
         fill(tensor[piece.place], piece.entry, files, transposed=piece.transposed)

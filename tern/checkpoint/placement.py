@@ -15,8 +15,7 @@ from functools import partial
 
 from tern.checkpoint.layouts import UNUSED, Kind, Match, has_experts, match_name, name_of, parts_of
 from tern.checkpoint.problems import Problems
-from tern.checkpoint.safetensors_file import TensorEntry
-from tern.checkpoint.stored_weights import is_readable
+from tern.checkpoint.stored_weights import StoredWeight, is_readable
 from tern.model import OPTIONAL_PARAMETERS, ErnieConfig
 
 Shape = tuple[int, ...]
@@ -34,7 +33,7 @@ class Piece:
     but for leading dimensions of 1).
     """
 
-    entry: TensorEntry
+    entry: StoredWeight
     place: Place
     shape: Shape
     transposed: bool
@@ -42,14 +41,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Candidate:
-    entry: TensorEntry
+    entry: StoredWeight
     match: Match
     place: Place
     shape: Shape
 
 
 def plan_pieces(
-    entries: Iterable[TensorEntry],
+    entries: Iterable[StoredWeight],
     lost: Set[str],
     shapes: Mapping[str, Shape],
     config: ErnieConfig,
@@ -75,7 +74,7 @@ def plan_pieces(
 
 
 def _candidate(
-    entry: TensorEntry, shapes: Mapping[str, Shape], config: ErnieConfig, problems: Problems
+    entry: StoredWeight, shapes: Mapping[str, Shape], config: ErnieConfig, problems: Problems
 ) -> _Candidate | None:
     """The place that a stored tensor's name gives it, or None if it has none (noted if that is wrong)."""
     match = match_name(entry.name)

@@ -74,7 +74,7 @@ def pack_parameter(name: str, tensor: torch.Tensor, quantization: str) -> ops.We
     bits = packed_bits(name, quantization)
     if bits is None:
         return tensor
-    if not all(bool(rows.isfinite().all()) for rows in tensor.flatten(0, -2).split(CHECKED_ROWS)):
+    if not all(bool(rows.isfinite().all()) for rows in torch.split(tensor.flatten(0, -2), CHECKED_ROWS)):
         raise CheckpointError(
             f"{name} holds values that are not finite and cannot be packed: get the checkpoint again."
         )

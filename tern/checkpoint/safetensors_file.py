@@ -41,8 +41,8 @@ DTYPE_BYTES = {
 # (https://github.com/foundation-model-stack/fastsafetensors/pull/24).
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U16": torch.bfloat16}
 
-# The dtypes that tensors are mapped as: weights, and the bytes of packed ones.
-STORED_DTYPES = {**WEIGHT_DTYPES, "U8": torch.uint8}
+# The dtypes that tensors are mapped as: weights, the bytes of packed ones, and the integers of quantised ones.
+STORED_DTYPES = {**WEIGHT_DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 DATA_ALIGNMENT = 64
 
 

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 
 from tern.checkpoint.generation import GenerationConfig
 from tern.checkpoint.gguf_model import SUFFIX, gguf_names, model_name, read_gguf_model
+from tern.checkpoint.integer_formats import IntegerScheme, read_scheme
 from tern.checkpoint.inventory import file_names
 from tern.checkpoint.json_file import read_json_object
 from tern.checkpoint.presets import PRESETS
@@ -39,7 +40,7 @@ class ModelSource:
     `name` is how the user would call it. `directory` holds tokenizer, template and, unless `synthetic_seed` is set, the
     weights; with `synthetic_seed` the weights are random. `raw_config` is what `config.json` says, word for word.
     `stored_bits`: the files hold weights packed in so many bits. `default_quantization`: the packing into which weights
-    that the files hold in few bits are read, if nothing else is asked for.
+    that the files hold in few bits are read, if nothing else is asked for. `scheme`: how they are kept as integers.
 
     Of a GGUF file, `entries` lists the tensors, and `text_files` holds by name what a directory would hold beside
     `config.json` and the weights; both are None for a directory.
@@ -53,6 +54,7 @@ class ModelSource:
     raw_config: Mapping[str, Any] = field(default_factory=dict)
     stored_bits: int | None = None
     default_quantization: str | None = None
+    scheme: IntegerScheme | None = None
     entries: tuple[TensorEntry, ...] | None = field(default=None, repr=False)
     text_files: Mapping[str, bytes] | None = field(default=None, repr=False)
 
@@ -118,7 +120,17 @@ def _directory_source(directory: Path, name: str) -> ModelSource:
     raw = read_json_object(path)
     config = _parse_config(path, raw)
     generation = GenerationConfig.from_directory(directory, config)
-    return ModelSource(name, directory, config, generation, raw_config=raw, stored_bits=_stored_bits(path, raw))
+    bits, scheme = _stored_form(path, raw)
+    return ModelSource(
+        name,
+        directory,
+        config,
+        generation,
+        raw_config=raw,
+        stored_bits=bits,
+        default_quantization=None if scheme is None else f"wint{scheme.bits}",
+        scheme=scheme,
+    )
 
 
 def _gguf_source(path: Path) -> ModelSource:
@@ -144,16 +156,18 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> ErnieConfig:
         raise UnsupportedConfigError(f"{path}: {message}", problems=error.problems) from error
 
 
-def _stored_bits(path: Path, raw: dict[str, Any]) -> int | None:
-    """Bits of the weights that a checkpoint packed by Tern holds; None for plain weights."""
+def _stored_form(path: Path, raw: dict[str, Any]) -> tuple[int | None, IntegerScheme | None]:
+    """Bits of the weights that a checkpoint packed by Tern holds, or the scheme of integers; neither: plain weights."""
     quantization = raw.get("quantization_config")
     if not quantization:
-        return None
+        return None, None
     fields = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    if (scheme := read_scheme(fields, path)) is not None:
+        return None, scheme
     if fields.get("quant_method") != PACKED_METHOD:
         raise UnsupportedConfigError(
-            f"{path} describes weights quantised by {str(fields.get('quant_method'))[:40]!r}, which Tern does not read "
-            "yet: use the checkpoint in bfloat16, with --quantization."
+            f"{path} describes weights quantised by {str(fields.get('quant_method'))[:40]!r}, which Tern does not "
+            "read: use the checkpoint in bfloat16, with --quantization, or in gptq, awq or compressed-tensors."
         )
     bits, form = fields.get("bits"), fields.get("format")
     if form != PACKED_FORMAT or not isinstance(bits, int) or bits not in QUANTIZATIONS.values():
@@ -161,7 +175,7 @@ def _stored_bits(path: Path, raw: dict[str, Any]) -> int | None:
             f"{path} describes packed weights of format {str(form)[:20]} in {str(bits)[:20]} bits; this version reads "
             f"format {PACKED_FORMAT} in 4 or 8 bits: pack the checkpoint again with tern quantize."
         )
-    return bits
+    return bits, None
 
 
 def _synthetic_source(model: str) -> ModelSource:
