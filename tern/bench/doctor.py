@@ -14,6 +14,7 @@ from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
 from tern.engine.cache_size import free_memory, token_bytes
 from tern.ops import cpu
 
+FLOATS = "bfloat16"
 RUNNING_BYTES = 1_500_000_000
 """Memory that Python, torch and a step's activations take beside weights and cache, about."""
 
@@ -46,12 +47,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `tern doctor --json` prints."""
+    """What `tern doctor --json` prints. `default` is the precision of `fits` in which the model is loaded unasked."""
 
     machine: MachineReport
     model: str | None
     max_positions: int | None
     fits: list[Fit]
+    default: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -78,7 +80,8 @@ def diagnose(source: ModelSource | None) -> Diagnosis:
     stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
     precisions = [stored] if stored else [None, *reversed(QUANTIZATIONS)]
     fits = [_fit(source, precision, free) for precision in precisions]
-    return Diagnosis(machine, source.name, source.config.max_position_embeddings, fits)
+    default = stored or source.default_quantization or FLOATS
+    return Diagnosis(machine, source.name, source.config.max_position_embeddings, fits, default)
 
 
 def _fit(source: ModelSource, quantization: str | None, free: int) -> Fit:
@@ -86,7 +89,7 @@ def _fit(source: ModelSource, quantization: str | None, free: int) -> Fit:
     per_token = token_bytes(source.config, torch.bfloat16)
     room = max(0, free - weights - RUNNING_BYTES)
     longest = min(source.config.max_position_embeddings, room // per_token)
-    return Fit(quantization or "bfloat16", weights / 1e9, per_token / 1e6, longest, longest > 0)
+    return Fit(quantization or FLOATS, weights / 1e9, per_token / 1e6, longest, longest > 0)
 
 
 def _processor() -> str:

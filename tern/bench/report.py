@@ -165,7 +165,9 @@ def run_bench(
     for result in _results(bench, limits, prefill, decode, depths):
         on_result(result)
         results.append(result)
-    return BenchReport(source.name, quantization, limits, results, load_seconds, peak_rss() / 1e9)
+    return BenchReport(
+        source.name, quantization or source.default_quantization, limits, results, load_seconds, peak_rss() / 1e9
+    )
 
 
 def _results(

@@ -16,8 +16,10 @@ MOST_TOKENS = 2**20
 
 
 def bench(
-    model: Annotated[str | None, typer.Option(help="Directory, hub id or dummy:PRESET.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    model: Annotated[str | None, typer.Option(help="Directory, .gguf file, hub id or dummy:PRESET.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
+    ] = None,
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512",
     decode: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1",
     depth: Annotated[str, typer.Option(help="Tokens that are in the cache already.")] = "0",

@@ -9,7 +9,9 @@ import typer
 
 
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or dummy:PRESET.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id or dummy:PRESET.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
@@ -32,7 +34,8 @@ def doctor(
     typer.echo(f"\n{found.model}, {found.max_positions} positions")
     for fit in found.fits:
         verdict = f"fits with a context of {fit.longest_context} tokens" if fit.fits else "does not fit"
+        mark = " (unless told otherwise)" if fit.precision == found.default and len(found.fits) > 1 else ""
         typer.echo(
             f"{fit.precision:9}  {fit.weights_gb:5.1f} GB of weights, {fit.kv_gb_per_1000_tokens:.3f} GB of cache for "
-            f"1000 tokens: {verdict}"
+            f"1000 tokens: {verdict}{mark}"
         )

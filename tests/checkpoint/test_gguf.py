@@ -13,7 +13,7 @@ from checkpoint_writer import dense_model, fused_tensors, moe_model, write_check
 from gguf_writer import Type, finish, restore, write_gguf
 from test_layouts import NETWORKS, assert_computes_the_same, assert_same, canonical, logits
 
-from tern import ops
+from tern import LLM, SamplingParams, ops
 from tern.checkpoint import load_model, load_tensors, quantise_checkpoint, resolve_model
 from tern.checkpoint.block_formats import BLOCK_FORMATS, dequantise
 from tern.checkpoint.gguf_file import READABLE_TYPES
@@ -200,6 +200,18 @@ class TestPlaces:
         (tmp_path / "it.gguf").rename(tmp_path / "blob")
         (tmp_path / "linked.gguf").symlink_to(tmp_path / "blob")
         assert resolve_model(tmp_path / "linked.gguf").name == "linked"
+
+
+def test_it_is_a_model_like_any_other(tmp_path: Path) -> None:
+    template = "{% for message in messages %}t5 {{ message.content }}{% endfor %}"
+    write_gguf(tmp_path / "it.gguf", wide_moe(), "Q6_K", metadata={"tokenizer.chat_template": template})
+    llm = LLM(str(tmp_path / "it.gguf"), num_kv_blocks=64, progress=False)
+    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    (chat,) = llm.chat([{"role": "user", "content": "t7"}], params)
+    (again,) = llm.generate("t5 t7", params)
+    assert chat.prompt == "t5 t7"
+    assert chat.outputs[0].token_ids == again.outputs[0].token_ids
+    assert len(again.outputs[0].token_ids) == 4
 
 
 def test_an_engine_packs_by_default_and_keeps_floats_when_asked(tmp_path: Path) -> None:

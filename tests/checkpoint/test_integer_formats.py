@@ -271,8 +271,7 @@ class TestDamage:
     def test_a_part_does_not_fit(self, tmp_path: Path, name: str, part: str, value: Tensor) -> None:
         change: Callable[[Tensors], object] = lambda tensors: tensors.update({f"{self.STEM}.{part}": value})  # noqa: E731
         text = self.complaint(tmp_path, CASES[name](), change)
-        assert f"misshapen: {self.STEM}." in text
-        assert "1 problem was found" in text
+        assert 1 <= text.count("\n  - ") == text.count(f"misshapen: {self.STEM}.") <= 2, "zeros are to go with scales"
 
     def test_a_group_that_there_is_not(self, tmp_path: Path) -> None:
         change: Callable[[Tensors], object] = lambda tensors: tensors[f"{self.STEM}.g_idx"].fill_(9)  # noqa: E731
