@@ -25,7 +25,7 @@ from tern.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER_BYTES = 512 * 2**20
+MAX_HEADER_BYTES = 128 * 2**20
 MAX_ITEMS = 2**22
 """Items of an array: as many as the largest vocabulary has tokens."""
 MAX_RECORDS = 2**17

@@ -1,8 +1,8 @@
 """A stored tensor -> floats in their place in the network, whatever form the files keep them in.
 
-Knows the forms: plain floats, GGML's blocks, integers with scales. Knows no names and no layouts. What has to be
-computed from the stored bytes is computed in runs of about `RUN` weights: beside the tensor that is filled little memory
-is needed, and what lies between bytes and floats stays in the processor's caches, which is four times as fast.
+Knows the forms: plain floats, GGML's blocks, integers with scales. Knows no names and no layouts. What is computed from
+the stored bytes is computed in runs of about `RUN` weights: beside the tensor that is filled little memory is needed,
+and what lies between bytes and floats stays in the processor's caches, which is four times as fast.
 """
 
 from __future__ import annotations

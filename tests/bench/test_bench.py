@@ -121,6 +121,7 @@ def test_doctor_counts_what_would_be_loaded(tmp_path: Path) -> None:
         assert weight_bytes(source.config, torch.bfloat16, quantization) == sum(t.nbytes for t in loaded.values())
     found = diagnose(source)
     assert [fit.precision for fit in found.fits] == ["bfloat16", "wint8", "wint4"]
+    assert found.default == "bfloat16"
     assert found.machine.isa == cpu.machine().name
     assert all(fit.longest_context == source.config.max_position_embeddings for fit in found.fits)
 

@@ -14,6 +14,7 @@ from gguf_writer import Type, finish, restore, write_gguf
 from test_layouts import NETWORKS, assert_computes_the_same, assert_same, canonical, logits
 
 from tern import LLM, SamplingParams, ops
+from tern.bench import diagnose
 from tern.checkpoint import load_model, load_tensors, quantise_checkpoint, resolve_model
 from tern.checkpoint.block_formats import BLOCK_FORMATS, dequantise
 from tern.checkpoint.gguf_file import READABLE_TYPES
@@ -107,6 +108,7 @@ def test_weights_of_few_bits_are_packed_on_the_cpu(
     restore(model, floats)
     source = resolve_model(tmp_path / "it.gguf")
     assert source.default_quantization == expected
+    assert diagnose(source).default == (expected or "bfloat16")
     for asked in (None, "wint4", "wint8"):
         found = load_tensors(source, quantization=asked)
         for name, tensor in canonical(model).items():
