@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from tern.checkpoint.generation import GenerationConfig
+from tern.checkpoint.generation import FILE_NAME, GenerationConfig
 from tern.checkpoint.gguf_model import SUFFIX, gguf_names, model_name, read_gguf_model
 from tern.checkpoint.integer_formats import IntegerScheme, read_scheme
 from tern.checkpoint.inventory import file_names
@@ -135,12 +135,23 @@ def _directory_source(directory: Path, name: str) -> ModelSource:
 
 def _gguf_source(path: Path) -> ModelSource:
     found = read_gguf_model(path)
-    config = _parse_config(path, found.config)
+    try:
+        config = ErnieConfig.from_dict(found.config)
+    except UnsupportedConfigError as error:
+        raise UnsupportedConfigError(
+            f"{path} describes a network that Tern does not run, in the terms of config.json:", problems=error.problems
+        ) from error
+    try:
+        generation = GenerationConfig.from_dict(found.generation, config)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} has values that cannot be used, in the terms of {FILE_NAME}:", problems=error.problems
+        ) from error
     return ModelSource(
         model_name(path),
         path.parent,
         config,
-        GenerationConfig.from_dict(found.generation, config),
+        generation,
         raw_config=found.config,
         default_quantization=found.quantization,
         entries=found.entries,

@@ -110,7 +110,7 @@ def after(content: bytes, key: str) -> int:
 def test_arrays_and_texts_that_lie(sound: bytes, complaint: Callable[[bytes], str]) -> None:
     tokens, name = after(sound, "tokenizer.ggml.tokens"), after(sound, "tokenizer.ggml.model")
     assert f"items in an array, more than {MAX_ITEMS}" in complaint(patched(sound, tokens + 4, 2**40))
-    assert "is truncated" in complaint(patched(sound, name, 2**28))
+    assert "is truncated" in complaint(patched(sound, name, 2**26))
     assert "has items of type 9" in complaint(patched(sound, tokens, 9, 4))
     assert "the unknown type 77" in complaint(patched(sound, name - 4, 77, 4))
     assert "is not UTF-8" in complaint(sound[: name + 8] + b"\xff" + sound[name + 9 :])
@@ -170,8 +170,15 @@ def test_a_network_that_cannot_be_is_listed(tmp_path: Path) -> None:
     write_gguf(tmp_path / "it.gguf", moe_model(), "F16", metadata=metadata)
     with pytest.raises(UnsupportedConfigError) as caught:
         resolve_model(tmp_path / "it.gguf")
+    assert "it.gguf describes a network that Tern does not run, in the terms of config.json:" in str(caught.value)
     assert "rope type 'yarn'" in str(caught.value)
     assert "partial_rotary_factor is 0.5" in str(caught.value)
+
+
+def test_sampling_values_that_cannot_be_are_listed(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "it.gguf", dense_model(), "F16", metadata={"general.sampling.top_p": 7})
+    with pytest.raises(CheckpointError, match=r"it\.gguf has values .*\n  - top_p is 7"):
+        resolve_model(tmp_path / "it.gguf")
 
 
 def test_tensors_that_are_missing_or_too_many_have_their_own_names(

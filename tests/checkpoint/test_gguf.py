@@ -204,6 +204,15 @@ class TestPlaces:
         assert resolve_model(tmp_path / "linked.gguf").name == "linked"
 
 
+def test_sampling_defaults_and_ends_are_the_files_own(tmp_path: Path) -> None:
+    metadata = {"general.sampling.top_k": 7, "tokenizer.ggml.eot_token_id": 9, "tokenizer.ggml.padding_token_id": 4}
+    write_gguf(tmp_path / "it.gguf", dense_model(), "F16", metadata=metadata)
+    source = resolve_model(tmp_path / "it.gguf")
+    assert source.generation.eos_token_ids == {2, 9}
+    assert source.generation.sampling_defaults() == {"top_k": 7}
+    assert source.config.pad_token_id == 4
+
+
 def test_it_is_a_model_like_any_other(tmp_path: Path) -> None:
     template = "{% for message in messages %}t5 {{ message.content }}{% endfor %}"
     write_gguf(tmp_path / "it.gguf", wide_moe(), "Q6_K", metadata={"tokenizer.chat_template": template})
