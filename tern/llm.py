@@ -194,7 +194,7 @@ class LLM:
         options = EngineOptions.from_keywords(**engine_options)
         source = resolve_model(model, revision=revision, token=hf_token, progress=progress)
         self._engine = Engine.open(source, options, progress=progress)
-        self._protocol = ChatProtocol.from_directory(source.directory)
+        self._protocol = ChatProtocol.from_directory(source.directory, source.text_files)
         self._generation = source.generation
         self._ids = itertools.count()
         self._lock = threading.Lock()

@@ -20,6 +20,7 @@ from tern.engine.cache_size import MOST_MEMORY_SHARE, free_memory, token_bytes
 from tern.errors import OptionError
 from tern.ops import cpu
 
+FLOATS = "bfloat16"
 RUNNING_BYTES = 1_500_000_000
 """Memory that Python, torch and a step's activations take beside weights and cache, about."""
 PORTS = (8000, 8180)
@@ -81,7 +82,8 @@ class Diagnosis:
     """What `tern doctor --json` prints.
 
     `download_gb`: what has to be downloaded before the model runs, 10^9 bytes in bfloat16, None if it is here.
-    `advice`: the command that serves the most precise of `fits` with the longest context; None if none fits.
+    `advice`: the command that serves the most precise of `fits` with the longest context; None if none fits. `default`:
+    the precision of `fits` in which the model is loaded unasked.
     """
 
     machine: MachineReport
@@ -90,6 +92,7 @@ class Diagnosis:
     download_gb: float | None
     fits: list[Fit]
     advice: str | None
+    default: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -106,10 +109,9 @@ def diagnose(source: ModelSource | None) -> Diagnosis:
     devices = [*(torch.device("cuda", number) for number in range(len(machine.gpus))), torch.device("cpu")]
     fits = [_fit(source, wanted, device) for device in devices for wanted in precisions if _runs(wanted, device)]
     positions = source.config.max_position_embeddings
-    # A directory's name holds no slash, and is not how it can be found again.
-    model = source.name if "/" in source.name or source.synthetic_seed is not None else str(source.directory)
-    advice = _advice(model, positions, fits, packed=stored is not None)
-    return Diagnosis(machine, source.name, positions, _download_gb(source), fits, advice)
+    default = stored or source.default_quantization or FLOATS
+    advice = _advice(_argument(source), positions, fits, default)
+    return Diagnosis(machine, source.name, positions, _download_gb(source), fits, advice, default)
 
 
 def describe_machine() -> MachineReport:
@@ -173,18 +175,26 @@ def _fit(source: ModelSource, quantization: str | None, device: torch.device) ->
     left = free_memory(device) - weights
     room = max(0, min(left - RUNNING_BYTES, int(left * MOST_MEMORY_SHARE)))
     longest = min(source.config.max_position_embeddings, room // per_token)
-    return Fit(str(device), quantization or "bfloat16", weights / 1e9, per_token / 1e6, longest, longest > 0)
+    return Fit(str(device), quantization or FLOATS, weights / 1e9, per_token / 1e6, longest, longest > 0)
 
 
-def _advice(model: str, positions: int, fits: list[Fit], *, packed: bool) -> str | None:
+def _argument(source: ModelSource) -> str:
+    """How the model is named on the command line."""
+    if source.entries is not None:
+        return str(source.entries[0].path)
+    # A directory's name holds no slash, and is not how it can be found again.
+    return source.name if "/" in source.name or source.synthetic_seed is not None else str(source.directory)
+
+
+def _advice(model: str, positions: int, fits: list[Fit], default: str) -> str | None:
     """How to serve what fits best: the whole context before precision, a card before the processor."""
     usable = [fit for fit in fits if fit.fits]
     if not usable:
         return None
     best = max(usable, key=lambda fit: fit.longest_context)  # the first of equals, and the most precise come first
     parts = ["tern serve", shlex.quote(model)]
-    if best.precision in QUANTIZATIONS and not packed:
-        parts.append(f"--quantization {best.precision}")
+    if best.precision != default:
+        parts.append(f"--quantization {'none' if best.precision == FLOATS else best.precision}")
     if best.longest_context < positions:
         parts.append(f"--max-model-len {_rounded(best.longest_context)}")
     return " ".join(parts)
@@ -196,5 +206,6 @@ def _rounded(tokens: int) -> int:
 
 
 def _download_gb(source: ModelSource) -> float | None:
-    present = source.synthetic_seed is not None or any(source.directory.glob("*.safetensors"))
+    here = source.synthetic_seed is not None or source.entries is not None
+    present = here or any(source.directory.glob("*.safetensors"))
     return None if present else weight_bytes(source.config, torch.bfloat16, None) / 1e9

@@ -197,7 +197,8 @@ def run_bench(
     for result in _results(bench, limits, prefill, decode, depths):
         on_result(result)
         results.append(result)
-    return BenchReport(source.name, quantization, Setting.now(command), limits, results, load_seconds, peak_rss() / 1e9)
+    used, setting = quantization or source.default_quantization, Setting.now(command)
+    return BenchReport(source.name, used, setting, limits, results, load_seconds, peak_rss() / 1e9)
 
 
 def _fill(kv: KVCache, config: ErnieConfig) -> None:

@@ -1,26 +1,58 @@
-"""The JSON files beside a tokenizer. Knows how they are written, not what is in them for whom."""
+"""The files of a checkpoint that concern text. Knows where they are and how JSON is written, not what is in them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tern.errors import CheckpointError
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty if there is no file. Raises `CheckpointError` for anything else in it."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object: download it again.")
-    return value
+@dataclass(frozen=True)
+class TextFiles:
+    """The files in `directory`, or those `given` in their place, name -> bytes, where a checkpoint is a single file."""
+
+    directory: Path
+    given: Mapping[str, bytes] | None = None
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self.path(name).is_file() if self.given is None else name in self.given
+
+    def path(self, name: str) -> Path:
+        """Where the file is, or would be: for messages."""
+        return self.directory / name
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file that there is. Raises `CheckpointError` if it cannot be read."""
+        if self.given is not None:
+            return self.given[name]
+        try:
+            return self.path(name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{self.path(name)} cannot be read ({error.strerror or error}).") from None
+
+    def read_text(self, name: str) -> str:
+        """The text of a file that there is. Raises `CheckpointError` if it cannot be read or is not UTF-8."""
+        try:
+            return self.read(name).decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path(name)} is not UTF-8 ({error}): download it again.") from None
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file, empty if there is no file. Raises `CheckpointError` for anything else in it."""
+        if not self.has(name):
+            return {}
+        try:
+            value = json.loads(self.read(name).decode())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path(name)} is not valid JSON ({error}): download it again.") from None
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self.path(name)} holds {type(value).__name__}, not an object: download it again.")
+        return value
 
 
 def token_text(value: object) -> str | None:

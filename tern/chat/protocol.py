@@ -57,9 +57,9 @@ class ChatProtocol:
         self._control = ControlTokens(map(tokenizer.token_text, tokenizer.special_ids))
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> ChatProtocol:
-        """Open the files of a checkpoint. Raises `CheckpointError`."""
-        return cls(Tokenizer.from_directory(path), ChatTemplate.from_directory(path))
+    def from_directory(cls, path: str | Path, given: Mapping[str, bytes] | None = None) -> ChatProtocol:
+        """Open the files of a checkpoint, or those `given` in their place, by name. Raises `CheckpointError`."""
+        return cls(Tokenizer.from_directory(path, given), ChatTemplate.from_directory(path, given))
 
     def prompt(
         self,

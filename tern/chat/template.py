@@ -25,7 +25,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tern.chat.config_files import read_object, token_text
+from tern.chat.config_files import TextFiles, token_text
 from tern.chat.messages import validate_messages
 from tern.chat.parser import END_THINK, RESPONSE, ParserState, state_after_prompt
 from tern.chat.tools import validate_tools
@@ -67,16 +67,15 @@ class ChatTemplate:
         self._special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> ChatTemplate:
+    def from_directory(cls, path: str | Path, given: Mapping[str, bytes] | None = None) -> ChatTemplate:
         """The template of a checkpoint: `chat_template.jinja`, else `chat_template` in `tokenizer_config.json`, else
-        the built-in layout.
+        the built-in layout. Files `given` by name stand in the directory's place.
         """
-        directory = Path(path)
-        config = read_object(directory / "tokenizer_config.json")
+        files = TextFiles(Path(path), given)
+        config = files.read_object("tokenizer_config.json")
         tokens = {key: text for key, value in config.items() if key.endswith("_token") and (text := token_text(value))}
-        file = directory / "chat_template.jinja"
-        if file.is_file():
-            return cls(file.read_text(encoding="utf-8"), special_tokens=tokens)
+        if files.has("chat_template.jinja"):
+            return cls(files.read_text("chat_template.jinja"), special_tokens=tokens)
         source = _named(config.get("chat_template"))
         return cls(default_template() if source is None else source, special_tokens=tokens)
 

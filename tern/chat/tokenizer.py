@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tern.chat.config_files import read_object, token_text
+from tern.chat.config_files import TextFiles, token_text
 from tern.chat.detokenizer import Detokenizer
 from tern.chat.parser import PROTOCOL_TAGS
 from tern.chat.vocabularies import JsonVocabulary, SentencePieceVocabulary
@@ -60,20 +60,23 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Open the tokenizer in a checkpoint's directory. Raises `CheckpointError` when it has none that Tern reads."""
-        directory = Path(path)
-        config = read_object(directory / "tokenizer_config.json")
+    def from_directory(cls, path: str | Path, given: Mapping[str, bytes] | None = None) -> Tokenizer:
+        """Open the tokenizer in a checkpoint's directory, or in the files `given` in its place, by name.
+
+        Raises `CheckpointError` when there is none that Tern reads.
+        """
+        files = TextFiles(Path(path), given)
+        config = files.read_object("tokenizer_config.json")
         names = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token")}
-        control = _control_tokens(config) + _control_tokens(read_object(directory / "special_tokens_map.json"))
-        if (directory / "tokenizer.json").is_file():
-            return cls(JsonVocabulary(directory / "tokenizer.json"), names=names, control=control)
-        if (directory / "tokenizer.model").is_file():
-            added = _added_tokens(config, read_object(directory / "added_tokens.json"))
-            vocabulary = SentencePieceVocabulary(directory / "tokenizer.model", added)
+        control = _control_tokens(config) + _control_tokens(files.read_object("special_tokens_map.json"))
+        if files.has("tokenizer.json"):
+            return cls(JsonVocabulary(files), names=names, control=control)
+        if files.has("tokenizer.model"):
+            added = _added_tokens(config, files.read_object("added_tokens.json"))
+            vocabulary = SentencePieceVocabulary(files, added)
             names = {**vocabulary.names, **{k: v for k, v in names.items() if v}}
             return cls(vocabulary, names=names, control=control)
-        raise CheckpointError(f"{directory} has neither tokenizer.json nor tokenizer.model: text cannot be read.")
+        raise CheckpointError(f"{path} has neither tokenizer.json nor tokenizer.model: text cannot be read.")
 
     @property
     def vocab_size(self) -> int:

@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from tern.chat.config_files import TextFiles
 from tern.errors import CheckpointError
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -37,9 +37,9 @@ def byte_alphabet() -> dict[str, int]:
 class JsonVocabulary:
     """`tokenizer.json`, byte-level or sentencepiece-like, through Hugging Face's tokenizers."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, files: TextFiles) -> None:
+        path, text = files.path("tokenizer.json"), files.read_text("tokenizer.json")
         try:
-            text = path.read_text(encoding="utf-8")
             raw = json.loads(text)
             self._encoder = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises bare Exception for every fault of a file
@@ -101,14 +101,14 @@ class JsonVocabulary:
 class SentencePieceVocabulary:
     """`tokenizer.model`, with the tokens that the configuration adds to it."""
 
-    def __init__(self, path: Path, added: Mapping[int, tuple[str, bool]]) -> None:
+    def __init__(self, files: TextFiles, added: Mapping[int, tuple[str, bool]]) -> None:
         import sentencepiece
 
+        path, proto = files.path("tokenizer.model"), files.read("tokenizer.model")
         try:
-            proto = path.read_bytes()
             self._model = sentencepiece.SentencePieceProcessor(model_proto=proto)
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             raise CheckpointError(f"{path} is not a sentencepiece model ({error}): download it again.") from None
         model = self._model
         control = {i for i in range(model.piece_size()) if model.is_control(i) or model.is_unknown(i)}

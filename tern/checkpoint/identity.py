@@ -37,10 +37,16 @@ def weights_identity(source: ModelSource) -> str:
         metadata = read_json_object(source.directory / INDEX_FILE).get("metadata")
         weights = ["packed", source.stored_bits, metadata.get(CHECKSUMS) if isinstance(metadata, dict) else None]
     else:
-        names = [name for name in file_names(source.directory) if name.endswith(".safetensors")]
-        weights = ["files", [[name, *_stamp(source.directory / name)] for name in names]]
+        weights = ["files", [[path.name, *_stamp(path)] for path in _weight_files(source)]]
     description = json.dumps([repr(source.config), weights], sort_keys=True)
     return hashlib.sha256(description.encode()).hexdigest()
+
+
+def _weight_files(source: ModelSource) -> list[Path]:
+    if source.entries is not None:
+        return sorted({entry.path for entry in source.entries})
+    names = file_names(source.directory)
+    return [source.directory / name for name in names if name.endswith(".safetensors")]
 
 
 def _stamp(path: Path) -> tuple[int, int, str]:

@@ -3,31 +3,43 @@
 Knows how to move bytes; which bytes go where is `placement`'s, and where a model's files are is `source`'s business.
 Memory: a stored tensor that is already the canonical one (whole, same dtype, not transposed, on the CPU) is used where
 it is mapped and costs nothing until it is read; the others are allocated once and filled piece by piece straight from
-the mapped files. No second copy of the model, and no temporary larger than one stored tensor, ever exists.
+the mapped files. No second copy of the model, and no temporary larger than one stored tensor, ever exists; of one that
+is packed from a few bits to others, the floats between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
 import torch
 
 from tern import ops
-from tern.checkpoint.inventory import take_inventory
+from tern.checkpoint.integer_formats import join_parts
+from tern.checkpoint.inventory import Inventory, take_inventory
 from tern.checkpoint.packed_files import load_packed, write_packed
 from tern.checkpoint.placement import Piece, plan_pieces
 from tern.checkpoint.problems import Problems
 from tern.checkpoint.progress import byte_progress
-from tern.checkpoint.quantisation import check_quantization, pack_parameter, pack_tied_head, packed_shapes
-from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles
+from tern.checkpoint.quantisation import (
+    check_quantization,
+    choose_quantization,
+    pack_parameter,
+    pack_stack,
+    pack_tied_head,
+    packed_bits,
+    packed_shapes,
+)
+from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles, TensorEntry
 from tern.checkpoint.source import ModelSource
+from tern.checkpoint.stored_weights import StoredWeight, fill, is_plain
 from tern.checkpoint.synthetic import synthetic_parameters, synthetic_tensors
 from tern.errors import OptionError
 from tern.model import ErnieModel, float32_parameters, parameter_shapes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CPU = torch.device("cpu")
 
 Plan = dict[str, list[Piece]]
 
@@ -42,9 +54,10 @@ def load_model(
 ) -> ErnieModel:
     """Build the network that `source` describes, with its weights in `dtype` on `device`.
 
-    `quantization` "wint4" or "wint8" packs linear weights and experts as they are read. `dtype` None takes that of the
-    config, or failing that the one the embeddings are stored in. Routers and correction biases are float32 always. MTP
-    weights that the files lack are left out without a word.
+    `quantization` "wint4" or "wint8" packs linear weights and experts as they are read; None does so too, on the CPU,
+    where the files hold weights of few bits (`ModelSource.default_quantization`), "none" never. `dtype` None takes that
+    of the config, or failing that the one the embeddings are stored in. Routers and correction biases are float32
+    always. MTP weights that the files lack are left out without a word.
 
     Raises `CheckpointError` that lists every tensor that is missing, surplus, misshapen or of an unsupported dtype and
     every file that is missing or damaged, and `OptionError` for a dtype that networks do not run in or a quantization
@@ -74,8 +87,7 @@ def load_tensors(
                 "leave it out."
             )
         return load_packed(source, source.stored_bits, dtype, progress=progress)
-    if quantization is not None:
-        check_quantization(quantization, device)
+    quantization = choose_quantization(quantization, source.default_quantization, device)
     if source.synthetic_seed is not None:
         dtype = dtype or _config_dtype(source) or torch.bfloat16
         seed = source.synthetic_seed
@@ -111,9 +123,8 @@ def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, pr
             for name in names:
                 stored = "embed" if name == "head" and config.tie_word_embeddings else name
                 if stored in plan:
-                    target = torch.float32 if name in wide else dtype
-                    tensor = _assemble(plan[stored], shapes[stored], target, torch.device("cpu"), files)
-                    yield name, pack_parameter(name, tensor, quantization)
+                    target = _target_dtype(stored, plan[stored], wide, dtype, quantization)
+                    yield name, _parameter(name, plan[stored], shapes[stored], target, CPU, files, quantization)
 
     write_packed(source, destination, bits, dtype, parameters, progress=progress)
 
@@ -121,10 +132,16 @@ def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, pr
 def plan_checkpoint(source: ModelSource) -> Plan:
     """Read the headers of the files and map every canonical tensor to its pieces, or raise what is wrong with them."""
     problems = Problems()
-    inventory = take_inventory(source.directory, problems)
+    if source.entries is None:
+        inventory = take_inventory(source.directory, problems)
+    else:
+        inventory = Inventory(list(source.entries))
     plan: Plan = {}
     if inventory.entries or not problems:
-        plan = plan_pieces(inventory.entries, inventory.lost, _storable_shapes(source), source.config, problems)
+        entries, lost = list[StoredWeight](inventory.entries), inventory.lost
+        if source.scheme is not None:
+            entries, lost = join_parts(inventory.entries, lost, source.scheme, problems)
+        plan = plan_pieces(entries, lost, _storable_shapes(source), source.config, problems)
     if problems:
         problems.fail(source.directory)
     return plan
@@ -139,7 +156,13 @@ def _storable_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_dtype(source: ModelSource, plan: Plan) -> torch.dtype:
-    return _config_dtype(source) or WEIGHT_DTYPES[plan["embed"][0].entry.dtype]
+    """The dtype to load in where none is asked for: the config's, or that of the embeddings.
+
+    Where weights of few bits are packed, float16 is only what another engine's kernels computed in.
+    """
+    if source.default_quantization is not None and _config_dtype(source) in (None, torch.float16):
+        return torch.bfloat16
+    return _config_dtype(source) or WEIGHT_DTYPES.get(plan["embed"][0].entry.dtype, torch.bfloat16)
 
 
 def _config_dtype(source: ModelSource) -> torch.dtype | None:
@@ -163,26 +186,63 @@ def _fill(
     total = sum(piece.entry.nbytes for pieces in plan.values() for piece in pieces)
     with byte_progress(f"Loading {source.name}", total, enabled=progress) as advance:
         for name, pieces in plan.items():
-            target_dtype = torch.float32 if name in wide else dtype
-            tensor = _assemble(pieces, shapes[name], target_dtype, device, files)
-            tensors[name] = tensor if quantization is None else pack_parameter(name, tensor, quantization)
+            target = _target_dtype(name, pieces, wide, dtype, quantization)
+            tensors[name] = _parameter(name, pieces, shapes[name], target, device, files, quantization)
             advance(sum(piece.entry.nbytes for piece in pieces))
     if quantization is not None:
         pack_tied_head(tensors, source.config, quantization)
     return tensors
 
 
+def _target_dtype(
+    name: str, pieces: list[Piece], wide: Set[str], dtype: torch.dtype, quantization: str | None
+) -> torch.dtype:
+    """The dtype to assemble a parameter in: its own; float32 for what is made floats only in order to be packed."""
+    packed = quantization is not None and packed_bits(name, quantization) is not None
+    computed = not all(is_plain(piece.entry) for piece in pieces)
+    return torch.float32 if name in wide or (packed and computed) else dtype
+
+
+def _parameter(
+    name: str,
+    pieces: list[Piece],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    files: MappedFiles,
+    quantization: str | None,
+) -> ops.Weight:
+    """One parameter as the network keeps it. A stack that is packed is filled one expert at a time."""
+    if quantization is None or packed_bits(name, quantization) is None:
+        return _assemble(pieces, shape, dtype, device, files)
+    if len(shape) == 3:
+        experts = (_assemble_expert(pieces, expert, shape[1:], dtype, files) for expert in range(shape[0]))
+        return pack_stack(name, shape, experts, quantization)
+    return pack_parameter(name, _assemble(pieces, shape, dtype, device, files), quantization)
+
+
 def _assemble(
     pieces: list[Piece], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, files: MappedFiles
 ) -> torch.Tensor:
     """One canonical tensor: the mapped one itself where that serves, else a new one filled from its pieces."""
-    first = pieces[0]
+    first, entry = pieces[0], pieces[0].entry
     whole = math.prod(first.shape) == math.prod(shape) and not first.transposed
-    if whole and WEIGHT_DTYPES[first.entry.dtype] == dtype and device.type == "cpu":
-        return files.tensor(first.entry).view(shape)
+    if isinstance(entry, TensorEntry) and WEIGHT_DTYPES.get(entry.dtype) == dtype and whole and device.type == "cpu":
+        return files.tensor(entry).view(shape)
     tensor = torch.empty(shape, dtype=dtype, device=device)
     for piece in pieces:
-        stored = files.tensor(piece.entry)
-        place = tensor if piece.expert is None else tensor[piece.expert]
-        place[piece.rows].copy_(stored.t() if piece.transposed else stored.view(piece.shape))
+        fill(tensor[piece.place], piece.entry, files, transposed=piece.transposed)
+    return tensor
+
+
+def _assemble_expert(
+    pieces: list[Piece], expert: int, shape: tuple[int, ...], dtype: torch.dtype, files: MappedFiles
+) -> torch.Tensor:
+    """One expert of a stack, filled from its own pieces and from those that hold all experts."""
+    tensor = torch.empty(shape, dtype=dtype)
+    for piece in pieces:
+        first, *rest = piece.place
+        if first in (expert, slice(None)):
+            inside = None if first == expert else expert
+            fill(tensor[tuple(rest)], piece.entry, files, transposed=piece.transposed, expert=inside)
     return tensor

@@ -124,7 +124,7 @@ def _begin(source: ModelSource, destination: Path, bits: int, needed: int) -> No
     """Make the directory, or take up one that a run of the same work left unfinished."""
     destination.mkdir(parents=True, exist_ok=True)
     present = file_names(destination)
-    work = {"source": source.name, "bits": bits, "format": PACKED_FORMAT, "files": _stamps(source.directory)}
+    work = {"source": source.name, "bits": bits, "format": PACKED_FORMAT, "files": _stamps(source)}
     marker = destination / UNFINISHED
     if present and UNFINISHED not in present:
         raise OptionError(f"{destination} is not empty: give a new directory for the packed checkpoint.")
@@ -145,9 +145,13 @@ def _begin(source: ModelSource, destination: Path, bits: int, needed: int) -> No
     marker.write_text(json.dumps(work), encoding="utf-8")
 
 
-def _stamps(directory: Path) -> dict[str, list[int]]:
+def _stamps(source: ModelSource) -> dict[str, list[int]]:
     """Sizes and times of the source's files, by which a changed source is noticed."""
-    stats = {name: (directory / name).stat() for name in file_names(directory)}
+    if source.entries is None:
+        names = file_names(source.directory)
+    else:
+        names = sorted({entry.path.name for entry in source.entries})
+    stats = {name: (source.directory / name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
@@ -167,7 +171,9 @@ def _finish(
     source: ModelSource, destination: Path, bits: int, weight_map: dict[str, str], checksums: dict[str, str]
 ) -> None:
     """Everything beside the weights; `config.json` makes the checkpoint whole."""
-    for name in file_names(source.directory):
+    for name, content in (source.text_files or {}).items():
+        (destination / name).write_bytes(content)
+    for name in file_names(source.directory) if source.text_files is None else ():
         path = source.directory / name
         if name == CONFIG or name.endswith(WEIGHT_SUFFIXES) or not path.is_file() or name.startswith("."):
             continue

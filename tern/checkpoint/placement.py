@@ -15,39 +15,40 @@ from functools import partial
 
 from tern.checkpoint.layouts import UNUSED, Kind, Match, has_experts, match_name, name_of, parts_of
 from tern.checkpoint.problems import Problems
-from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, TensorEntry
+from tern.checkpoint.stored_weights import StoredWeight, is_readable
 from tern.model import OPTIONAL_PARAMETERS, ErnieConfig
 
 Shape = tuple[int, ...]
+Place = tuple[int | slice, ...]
+"""An index into a tensor."""
 
 SHOWN_PARTS = 6  # missing parts of one tensor that are named before the rest is counted
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A file's tensor and the place it fills: `rows` of a canonical tensor, or of its slice for one `expert`.
+    """A file's tensor and the place it fills, `place` of a canonical tensor: rows, of one expert's or of all experts'.
 
     `shape` is the shape of that place, which the stored tensor has once it is transposed if `transposed` says so (and
     but for leading dimensions of 1).
     """
 
-    entry: TensorEntry
-    expert: int | None
-    rows: slice
+    entry: StoredWeight
+    place: Place
     shape: Shape
     transposed: bool
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    entry: TensorEntry
+    entry: StoredWeight
     match: Match
-    rows: slice
+    place: Place
     shape: Shape
 
 
 def plan_pieces(
-    entries: Iterable[TensorEntry],
+    entries: Iterable[StoredWeight],
     lost: Set[str],
     shapes: Mapping[str, Shape],
     config: ErnieConfig,
@@ -67,15 +68,13 @@ def plan_pieces(
     for candidate in candidates:
         if _fits(candidate, transposed, config, problems):
             linear = candidate.match.rule.kind is Kind.LINEAR
-            piece = Piece(
-                candidate.entry, candidate.match.expert, candidate.rows, candidate.shape, linear and transposed
-            )
+            piece = Piece(candidate.entry, candidate.place, candidate.shape, linear and transposed)
             plan[candidate.match.target].append(piece)
     return {target: plan[target] for target in shapes if target in plan}
 
 
 def _candidate(
-    entry: TensorEntry, shapes: Mapping[str, Shape], config: ErnieConfig, problems: Problems
+    entry: StoredWeight, shapes: Mapping[str, Shape], config: ErnieConfig, problems: Problems
 ) -> _Candidate | None:
     """The place that a stored tensor's name gives it, or None if it has none (noted if that is wrong)."""
     match = match_name(entry.name)
@@ -87,14 +86,25 @@ def _candidate(
         if not _may_be_unused(match.target, config):
             problems.add("surplus", f"{entry.name} {list(entry.shape)} has no place in the network of config.json")
         return None
-    inner = shape[1:] if match.expert is not None else shape
-    rows = _rows(match.rule.part, inner[0], config)
-    return _Candidate(entry, match, rows, (rows.stop - rows.start, *inner[1:]))
+    place, shape = _place(match, shape, config)
+    return _Candidate(entry, match, place, shape)
 
 
 def _may_be_unused(target: str, config: ErnieConfig) -> bool:
     tied_head = config.tie_word_embeddings and target == "head"
     return tied_head or target == UNUSED or (config.num_nextn_predict_layers == 0 and target.startswith("mtp."))
+
+
+def _place(match: Match, shape: Shape, config: ErnieConfig) -> tuple[Place, Shape]:
+    """Where in a canonical tensor of this shape a stored one goes, and the shape of that place."""
+    if not has_experts(match.target):
+        rows = _rows(match.rule.part, shape[0], config)
+        return (rows,), (rows.stop - rows.start, *shape[1:])
+    rows = _rows(match.rule.part, shape[1], config)
+    inner = (rows.stop - rows.start, *shape[2:])
+    if match.expert is None:
+        return (slice(None), rows), (shape[0], *inner)
+    return (match.expert, rows), inner
 
 
 def _rows(part: str | None, total: int, config: ErnieConfig) -> slice:
@@ -141,6 +151,7 @@ def _check_cover(
         name_of,
         known={candidate.match.rule.source for candidate in candidates},
         prefix="ernie." if any(candidate.entry.name.startswith("ernie.") for candidate in candidates) else "model.",
+        gguf=any(candidate.match.rule.gguf for candidate in candidates),
     )
     has_mtp = any(target.startswith("mtp.") for target in filled)
     for target, shape in shapes.items():
@@ -173,7 +184,7 @@ def _is_transposed(candidates: Iterable[_Candidate]) -> bool:
 def _fits(candidate: _Candidate, transposed: bool, config: ErnieConfig, problems: Problems) -> bool:
     """Whether the stored tensor can be read into its place; if not, says why."""
     entry, rule = candidate.entry, candidate.match.rule
-    if entry.dtype not in WEIGHT_DTYPES:
+    if not is_readable(entry):
         problems.add("unsupported dtype", f"{entry.name} is {entry.dtype}; weights are read from F32, F16 and BF16")
         return False
     if rule.source.endswith("self_attn.qkv_proj.weight") and config.num_key_value_heads == config.num_attention_heads:

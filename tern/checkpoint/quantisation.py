@@ -9,7 +9,7 @@ in 8 bits at either width: every token's logits come from it, and an error there
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -19,7 +19,12 @@ from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 
 QUANTIZATIONS = {"wint4": 4, "wint8": 8}
 """Bits of linear weights and experts, by FastDeploy's names."""
+PLAIN = "none"
+"""The name for keeping weights as floats where a checkpoint of few bits would be packed by default."""
 HEAD_BITS = 8
+CHECKED_ROWS = (
+    4096  # looked at together for values that are not finite: a mask of a whole head would take as much again
+)
 PACKED_METHOD, PACKED_FORMAT = "tern", 1
 """What `quantization_config` of a packed checkpoint calls its method and the version of its layout."""
 UNFINISHED = "unfinished.json"
@@ -29,9 +34,22 @@ UNFINISHED = "unfinished.json"
 def check_quantization(name: str, device: torch.device) -> None:
     """Raise `OptionError` unless weights can be packed as `name` says and multiplied on `device`."""
     if name not in QUANTIZATIONS:
-        raise OptionError(f"quantization is {name[:40]!r}: it must be one of {', '.join(QUANTIZATIONS)}.")
+        raise OptionError(f"quantization is {name[:40]!r}: it must be one of {', '.join((*QUANTIZATIONS, PLAIN))}.")
     if device.type != "cpu":
         raise OptionError(f"quantization is {name!r}, but the device is {device}: packed weights run on the CPU.")
+
+
+def choose_quantization(asked: str | None, default: str | None, device: torch.device) -> str | None:
+    """The packing to load with: what was asked for, else on the CPU the checkpoint's `default`; None for floats.
+
+    Raises `OptionError` unless weights can be packed as asked and multiplied on `device`.
+    """
+    if asked is None:
+        return default if device.type == "cpu" else None
+    if asked == PLAIN:
+        return None
+    check_quantization(asked, device)
+    return asked
 
 
 def packed_bits(name: str, quantization: str) -> int | None:
@@ -56,11 +74,25 @@ def pack_parameter(name: str, tensor: torch.Tensor, quantization: str) -> ops.We
     bits = packed_bits(name, quantization)
     if bits is None:
         return tensor
-    if not tensor.isfinite().all():
+    if not all(bool(rows.isfinite().all()) for rows in torch.split(tensor.flatten(0, -2), CHECKED_ROWS)):
         raise CheckpointError(
             f"{name} holds values that are not finite and cannot be packed: get the checkpoint again."
         )
-    return ops.pack(tensor, bits, packed_parts(name))
+    # The kernels that pack read float32 and bfloat16.
+    wide = tensor.float() if tensor.dtype == torch.float16 else tensor
+    return ops.pack(wide, bits, packed_parts(name))
+
+
+def pack_stack(
+    name: str, shape: tuple[int, ...], experts: Iterable[torch.Tensor], quantization: str
+) -> ops.PackedWeight:
+    """A stack of experts [experts, out, in], packed one after the other; errors as in `pack_parameter`."""
+    stack = ops.empty(shape, QUANTIZATIONS[quantization], packed_parts(name))
+    for place, tensor in enumerate(experts):
+        packed = pack_parameter(name, tensor, quantization)
+        assert isinstance(packed, ops.PackedWeight)
+        stack[place].copy_(packed)
+    return stack
 
 
 def pack_tied_head(tensors: dict[str, ops.Weight], config: ErnieConfig, quantization: str) -> None:

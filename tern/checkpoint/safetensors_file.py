@@ -41,8 +41,8 @@ DTYPE_BYTES = {
 # (https://github.com/foundation-model-stack/fastsafetensors/pull/24).
 WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U16": torch.bfloat16}
 
-# The dtypes that tensors are mapped as: weights, and the bytes of packed ones.
-STORED_DTYPES = {**WEIGHT_DTYPES, "U8": torch.uint8}
+# The dtypes that tensors are mapped as: weights, the bytes of packed ones, and the integers of quantised ones.
+STORED_DTYPES = {**WEIGHT_DTYPES, "U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
 DATA_ALIGNMENT = 64
 
 
@@ -146,7 +146,7 @@ def _gaps(entries: Iterable[TensorEntry], data_start: int, size: int, name: str)
 
 
 class MappedFiles:
-    """Maps safetensors files on first use and gives views of their tensors, without copying.
+    """Maps files on first use and gives views of their tensors, without copying.
 
     The mapping is private and lives as long as any view does. A file must not be changed in place while it is mapped
     (replacing it by a new file is harmless): its pages are read when they are first touched.
@@ -158,13 +158,18 @@ class MappedFiles:
     def tensor(self, entry: TensorEntry) -> torch.Tensor:
         """Return the tensor, a view of the mapped file, or a copy if the file stores it at an unaligned offset."""
         dtype = STORED_DTYPES[entry.dtype]
+        raw = self.raw(entry)
+        aligned = entry.start % dtype.itemsize == 0
+        return (raw if aligned else raw.clone()).view(dtype).view(entry.shape)
+
+    def raw(self, entry: TensorEntry) -> torch.Tensor:
+        """Return the bytes of the tensor, a view of the mapped file: [nbytes] uint8."""
         storage = self._storage(entry.path)
         if storage.nbytes() < entry.start + entry.nbytes:
             raise CheckpointError(f"{entry.path} has shrunk since its header was read: load the checkpoint again.")
-        aligned = entry.start % dtype.itemsize == 0
         raw = torch.empty(0, dtype=torch.uint8)
         raw.set_(storage, entry.start, (entry.nbytes,))  # type: ignore[call-overload]
-        return (raw if aligned else raw.clone()).view(dtype).view(entry.shape)
+        return raw
 
     def _storage(self, path: Path) -> torch.UntypedStorage:
         if path not in self._storages:

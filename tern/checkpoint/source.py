@@ -1,6 +1,7 @@
 """A model argument -> where its files are and what network they hold. Knows no weights.
 
-A model is named by nothing (the embedded one), a directory, `dummy:` and a preset or a config.json, or a hub id.
+A model is named by nothing (the embedded one), a directory, a GGUF file, `dummy:` and a preset or a config.json, or a
+hub id.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from tern.checkpoint.generation import GenerationConfig
+from tern.checkpoint.generation import FILE_NAME, GenerationConfig
+from tern.checkpoint.gguf_model import SUFFIX, gguf_names, model_name, read_gguf_model
+from tern.checkpoint.integer_formats import IntegerScheme, read_scheme
 from tern.checkpoint.inventory import file_names
 from tern.checkpoint.json_file import read_json_object
 from tern.checkpoint.presets import PRESETS
 from tern.checkpoint.quantisation import PACKED_FORMAT, PACKED_METHOD, QUANTIZATIONS, UNFINISHED
+from tern.checkpoint.safetensors_file import TensorEntry
 from tern.errors import CheckpointError, OptionError, UnsupportedConfigError
 from tern.model import ErnieConfig
 
@@ -35,7 +39,11 @@ class ModelSource:
 
     `name` is how the user would call it. `directory` holds tokenizer, template and, unless `synthetic_seed` is set, the
     weights; with `synthetic_seed` the weights are random. `raw_config` is what `config.json` says, word for word.
-    `stored_bits`: the files hold weights packed in so many bits.
+    `stored_bits`: the files hold weights packed in so many bits. `default_quantization`: the packing into which weights
+    that the files hold in few bits are read, if nothing else is asked for. `scheme`: how they are kept as integers.
+
+    Of a GGUF file, `entries` lists the tensors, and `text_files` holds by name what a directory would hold beside
+    `config.json` and the weights; both are None for a directory.
     """
 
     name: str
@@ -45,6 +53,10 @@ class ModelSource:
     synthetic_seed: int | None = None
     raw_config: Mapping[str, Any] = field(default_factory=dict)
     stored_bits: int | None = None
+    default_quantization: str | None = None
+    scheme: IntegerScheme | None = None
+    entries: tuple[TensorEntry, ...] | None = field(default=None, repr=False)
+    text_files: Mapping[str, bytes] | None = field(default=None, repr=False)
 
 
 def embedded_model_directory() -> Path:
@@ -62,10 +74,11 @@ def resolve_model(
 ) -> ModelSource:
     """Find the model that `model` names, downloading it if it is a hub id, and read its configuration.
 
-    `model` is None (the embedded model), a directory, `dummy:PRESET` or `dummy:/path/to/config.json` (either with
-    `?seed=N`), or a hub id `owner/name`, of which `revision` names the branch, tag or commit and `token` opens a
-    private or gated one. `progress` shows a bar while downloading. Without `weights` only the descriptions of a hub
-    model are downloaded: enough to say what it is, not to load it.
+    `model` is None (the embedded model), a directory, a GGUF file (any part of it, if it is in several),
+    `dummy:PRESET` or `dummy:/path/to/config.json` (either with `?seed=N`), or a hub id `owner/name`, of which
+    `revision` names the branch, tag or commit and `token` opens a private or gated one. `progress` shows a bar while
+    downloading. Without `weights` only the descriptions of a hub model are downloaded: enough to say what it is, not to
+    load it.
 
     Raises `CheckpointError` if there is no such model or its configuration is unreadable, `UnsupportedConfigError` if
     Tern does not run that network, `HubError` if it cannot be downloaded, `OptionError` for a revision that does not
@@ -79,6 +92,8 @@ def resolve_model(
     elif os.path.isdir(expanded := os.path.expanduser(model)):
         directory = Path(expanded).resolve()
         source = _directory_source(directory, directory.name)
+    elif expanded.endswith(SUFFIX) and os.path.isfile(expanded):
+        source = _gguf_source(Path(expanded).absolute())
     elif _HUB_ID.fullmatch(model) and not os.path.exists(model):
         # Imported here: most models are local, and the hub's client takes its time to import.
         from tern.checkpoint.hub import download_snapshot
@@ -97,12 +112,53 @@ def _directory_source(directory: Path, name: str) -> ModelSource:
     present = file_names(directory)
     if path.name not in present and UNFINISHED in present:
         raise CheckpointError(f"{directory} is half written: run the tern quantize command that made it again.")
+    if path.name not in present and (models := gguf_names(present)):
+        if len(models) > 1:
+            names = ", ".join(models[:4])
+            raise CheckpointError(f"{directory} has {len(models)} GGUF models ({names}): give the path of one.")
+        return _gguf_source(directory / models[0])
     if path.name not in present:
         raise CheckpointError(f"{directory} has no config.json: give the directory of a Hugging Face checkpoint.")
     raw = read_json_object(path)
     config = _parse_config(path, raw)
     generation = GenerationConfig.from_directory(directory, config)
-    return ModelSource(name, directory, config, generation, raw_config=raw, stored_bits=_stored_bits(path, raw))
+    bits, scheme = _stored_form(path, raw)
+    return ModelSource(
+        name,
+        directory,
+        config,
+        generation,
+        raw_config=raw,
+        stored_bits=bits,
+        default_quantization=None if scheme is None else f"wint{scheme.bits}",
+        scheme=scheme,
+    )
+
+
+def _gguf_source(path: Path) -> ModelSource:
+    found = read_gguf_model(path)
+    try:
+        config = ErnieConfig.from_dict(found.config)
+    except UnsupportedConfigError as error:
+        raise UnsupportedConfigError(
+            f"{path} describes a network that Tern does not run, in the terms of config.json:", problems=error.problems
+        ) from error
+    try:
+        generation = GenerationConfig.from_dict(found.generation, config)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} has values that cannot be used, in the terms of {FILE_NAME}:", problems=error.problems
+        ) from error
+    return ModelSource(
+        model_name(path),
+        path.parent,
+        config,
+        generation,
+        raw_config=found.config,
+        default_quantization=found.quantization,
+        entries=found.entries,
+        text_files=found.text_files,
+    )
 
 
 def _parse_config(path: Path, raw: dict[str, Any]) -> ErnieConfig:
@@ -113,16 +169,18 @@ def _parse_config(path: Path, raw: dict[str, Any]) -> ErnieConfig:
         raise UnsupportedConfigError(f"{path}: {message}", problems=error.problems) from error
 
 
-def _stored_bits(path: Path, raw: dict[str, Any]) -> int | None:
-    """Bits of the weights that a checkpoint packed by Tern holds; None for plain weights."""
+def _stored_form(path: Path, raw: dict[str, Any]) -> tuple[int | None, IntegerScheme | None]:
+    """Bits of the weights that a checkpoint packed by Tern holds, or the scheme of integers; neither: plain weights."""
     quantization = raw.get("quantization_config")
     if not quantization:
-        return None
+        return None, None
     fields = quantization if isinstance(quantization, dict) else {"quant_method": quantization}
+    if (scheme := read_scheme(fields, path)) is not None:
+        return None, scheme
     if fields.get("quant_method") != PACKED_METHOD:
         raise UnsupportedConfigError(
-            f"{path} describes weights quantised by {str(fields.get('quant_method'))[:40]!r}, which Tern does not read "
-            "yet: use the checkpoint in bfloat16, with --quantization."
+            f"{path} describes weights quantised by {str(fields.get('quant_method'))[:40]!r}, which Tern does not "
+            "read: use the checkpoint in bfloat16, with --quantization, or in gptq, awq or compressed-tensors."
         )
     bits, form = fields.get("bits"), fields.get("format")
     if form != PACKED_FORMAT or not isinstance(bits, int) or bits not in QUANTIZATIONS.values():
@@ -130,7 +188,7 @@ def _stored_bits(path: Path, raw: dict[str, Any]) -> int | None:
             f"{path} describes packed weights of format {str(form)[:20]} in {str(bits)[:20]} bits; this version reads "
             f"format {PACKED_FORMAT} in 4 or 8 bits: pack the checkpoint again with tern quantize."
         )
-    return bits
+    return bits, None
 
 
 def _synthetic_source(model: str) -> ModelSource:
@@ -169,8 +227,10 @@ def _read_seed(model: str, query: str) -> int:
 def _explain_unknown(model: str) -> str:
     """Why `model` names nothing, and what would."""
     if os.path.isfile(os.path.expanduser(model)):
-        gguf = " (GGUF files are not supported yet)" if model.endswith(".gguf") else ""
-        return f"{model} is a file{gguf}: give the directory of the checkpoint."
-    ways = f"give the directory of a checkpoint, a hub id such as baidu/ERNIE-4.5-21B-A3B-Thinking, or {DUMMY_PREFIX}"
+        return f"{model} is a file: give the directory of the checkpoint, or a {SUFFIX} file."
+    ways = (
+        f"give the directory of a checkpoint, a {SUFFIX} file, a hub id such as baidu/ERNIE-4.5-21B-A3B-Thinking, "
+        f"or {DUMMY_PREFIX}"
+    )
     preset = model.lower() if model.lower() in PRESETS else "PRESET"
     return f"{model[:200]!r} is neither a directory nor a hub id: {ways}{preset} for random weights."

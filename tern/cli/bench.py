@@ -23,8 +23,12 @@ LOAD_FLAGS = ("rates", "requests", "prompt_tokens", "output_tokens", "concurrenc
 
 def bench(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Directory, hub id or dummy:PRESET; with --url its name.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory, .gguf file, hub id or dummy:PRESET; with --url its name.")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
+    ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512",
     decode: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1",

@@ -20,7 +20,9 @@ _HELP = """/clear  forget the conversation      /think on|off  think before answ
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or dummy:PRESET.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id or dummy:PRESET.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     tools: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="Tools, a JSON list in OpenAI form.")
@@ -32,7 +34,9 @@ def chat(
     reasoning_max_tokens: Annotated[int | None, typer.Option(help="Longest thought.")] = None,
     thinking: Annotated[bool, typer.Option(help="Think before answering.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
+    ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest conversation, tokens.")] = None,
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None,

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or dummy:PRESET.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id or dummy:PRESET.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
@@ -60,8 +62,9 @@ def _print_model(found: Diagnosis) -> None:
         typer.echo(f"download   {found.download_gb:.1f} GB in bfloat16{room}")
     for fit in found.fits:
         verdict = f"fits with a context of {fit.longest_context} tokens" if fit.fits else "does not fit"
+        mark = " (unless told otherwise)" if fit.precision == found.default and len(found.fits) > 1 else ""
         typer.echo(
             f"{fit.device:7} {fit.precision:9} {fit.weights_gb:6.1f} GB of weights, {fit.kv_gb_per_1000_tokens:.3f} GB "
-            f"of cache for 1000 tokens: {verdict}"
+            f"of cache for 1000 tokens: {verdict}{mark}"
         )
     typer.echo(f"try        {found.advice}" if found.advice else "Nothing fits: use a smaller model or more memory.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to ask; - or nothing reads standard input.")] = None,
-    model: Annotated[str | None, typer.Option(help="Directory, hub id or dummy:PRESET.")] = None,
+    model: Annotated[str | None, typer.Option(help="Directory, .gguf file, hub id or dummy:PRESET.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself: no template, no thought.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
@@ -29,7 +29,9 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer, thought included.")] = None,
     reasoning_max_tokens: Annotated[int | None, typer.Option(help="Longest thought.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
+    ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer, tokens.")] = None,
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None,

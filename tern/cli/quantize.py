@@ -12,7 +12,7 @@ from tern.errors import OptionError
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(metavar="SRC", help="Directory, hub id or dummy:PRESET.")],
+    model: Annotated[str, typer.Argument(metavar="SRC", help="Directory, .gguf file, hub id or dummy:PRESET.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New directory for the packed checkpoint.")],
     bits: Annotated[int, typer.Option(help="4 or 8 bits a weight.")] = 4,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,

@@ -26,7 +26,9 @@ _TRY = """
 
 
 def serve(
-    model_tag: Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory, hub id or dummy:PRESET.")] = None,
+    model_tag: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Directory, .gguf file, hub id or dummy:PRESET.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The same, as a flag.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API; default: MODEL as given.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -35,7 +37,9 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(envvar="TERN_API_KEY", help="Required of clients.")] = None,
     allow_public: Annotated[bool, typer.Option(help="Serve other machines although there is no --api-key.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
@@ -125,7 +129,7 @@ def _open_and_run(
         logger.info("model %s: found after %.1f s", source.name, time.perf_counter() - started)
         engine = Engine.open(source, engine_options)
         logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
-        return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory), source)
+        return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory, source.text_files), source)
 
     key = server_options.curl_key
     run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url, key=key)))

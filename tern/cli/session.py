@@ -86,7 +86,7 @@ class Session:
         source = resolve_model(model, revision=revision)
         self.name = source.name
         self._engine = Engine.open(source, EngineOptions.from_keywords(max_queue=None, **engine_options))
-        self._protocol = ChatProtocol.from_directory(source.directory)
+        self._protocol = ChatProtocol.from_directory(source.directory, source.text_files)
         self._defaults = source.generation.sampling_defaults()
         self._ids = itertools.count()
 

@@ -12,7 +12,7 @@ from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8")
-QUANTIZATIONS = ("wint4", "wint8")
+QUANTIZATIONS = ("wint4", "wint8", "none")
 DEFAULT_KV_CACHE_DIR_SIZE = 20_000_000_000
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
@@ -30,8 +30,9 @@ class EngineOptions:
     blocks of prompts that begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most
     `kv_cache_dir_size` bytes together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before
     new ones are refused; None never refuses. `dtype` and `device` are those of the loaded model. `quantization` packs
-    its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); None keeps them as they are stored.
-    `check_integrity_when_idle` verifies the engine's books each time it runs out of work.
+    its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); "none" keeps them floats; None does as the files
+    suggest: floats stay floats, weights of few bits are packed on the CPU. `check_integrity_when_idle` verifies the
+    engine's books each time it runs out of work.
 
     Raises `OptionError` that names the option, the value and the limit.
     """

@@ -80,6 +80,13 @@ class PackedWeight:
         factors = None if self.factors is None else self.factors[expert]
         return replace(self, values=self.values[expert], factors=factors, scales=self.scales[expert])
 
+    def copy_(self, other: PackedWeight) -> None:
+        """Take over the values of a weight of the same sizes."""
+        self.values.copy_(other.values)
+        self.scales.copy_(other.scales)
+        if self.factors is not None and other.factors is not None:
+            self.factors.copy_(other.factors)
+
     def integers(self) -> Tensor:
         """v, or factor * q, of a single weight: [columns, depth] int8."""
         if self.factors is None:

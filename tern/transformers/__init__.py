@@ -51,8 +51,8 @@ class AutoTokenizer:
             raise OptionError(f"padding_side is {padding_side!r}: it must be 'left' or 'right'.")
         source = resolve_model(model, revision=revision, token=token)
         return TernTokenizer(
-            Tokenizer.from_directory(source.directory),
-            ChatTemplate.from_directory(source.directory),
+            Tokenizer.from_directory(source.directory, source.text_files),
+            ChatTemplate.from_directory(source.directory, source.text_files),
             padding_side=padding_side,
         )
 

@@ -294,6 +294,18 @@ def test_every_parameter_has_a_name_in_files_that_leads_back_to_it(preset: str) 
             assert (match.target, match.rule.part, match.expert) == (target, part, expert)
 
 
+@pytest.mark.parametrize("preset", ["ernie-4.5-21b-a3b", "ernie-4.5-0.3b"])
+def test_every_parameter_has_a_name_in_gguf_that_leads_back_to_it(preset: str) -> None:
+    config = ErnieConfig.from_dict({**PRESETS[preset], "use_bias": True, "tie_word_embeddings": False})
+    for target in parameter_shapes(config):
+        for part in parts_of(target):
+            name = name_of(target, part, 3, known=frozenset(), prefix="model.", gguf=True)
+            assert name.startswith(("blk.", "output", "token_embd."))
+            match = match_name(name)
+            assert match is not None
+            assert (match.target, match.rule.part, match.expert) == (target, part, None)
+
+
 class TestMemory:
     """Tensors that are canonical in the file are used where they are mapped, and no second copy is ever made."""
 

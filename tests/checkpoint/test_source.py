@@ -43,7 +43,10 @@ def test_none_is_the_embedded_model() -> None:
     ("argument", "sentence"),
     [
         ("", "neither a directory nor a hub id"),
-        ("nowhere", "neither a directory nor a hub id: give the directory of a checkpoint, a hub id such as baidu/"),
+        (
+            "nowhere",
+            "neither a directory nor a hub id: give the directory of a checkpoint, a .gguf file, a hub id",
+        ),
         ("./nowhere/at/all", "neither a directory nor a hub id"),
         ("/nowhere", "neither a directory nor a hub id"),
         ("owner/name/more", "neither a directory nor a hub id"),
@@ -71,9 +74,6 @@ def test_what_names_no_model(argument: str, sentence: str) -> None:
 def test_a_file_is_not_a_directory(directory: Path) -> None:
     with pytest.raises(CheckpointError, match="is a file: give the directory"):
         resolve_model(str(directory / "model.safetensors"))
-    (directory / "it.gguf").touch()
-    with pytest.raises(CheckpointError, match="GGUF files are not supported yet"):
-        resolve_model(str(directory / "it.gguf"))
 
 
 def test_only_hub_ids_have_revisions(directory: Path) -> None:
