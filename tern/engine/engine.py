@@ -12,7 +12,6 @@ from array import array
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +25,7 @@ from tern.engine.runner import Runner
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
+from tern.engine.stats import EngineStats
 from tern.errors import ContextLengthError, InvalidRequestError, OptionError, QueueFullError
 
 if TYPE_CHECKING:
@@ -35,38 +35,6 @@ logger = logging.getLogger(__name__)
 
 STEP_FAILED = "The engine failed while computing this request; its log says why. Other requests go on: try again."
 SINK_FAILED = "The request ended because its tokens could not be delivered."
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot of one engine; everything from `prefix_query_tokens` on only grows, save the last.
-
-    `blocks_cached` hold content that a prompt can reuse, free or owned. `prefix_hit_tokens` of `prefix_query_tokens`
-    prompt tokens were found in the cache. `prompt_tokens` counts requests as they start, `generated_tokens` sampled and
-    forced ones, `computed_tokens` all that went through the model, after a preemption once more. `finished` counts
-    endings by reason. `last_step_seconds` is how long the newest step computed.
-    """
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_free: int
-    blocks_cached: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    prompt_tokens: int
-    computed_tokens: int
-    generated_tokens: int
-    preemptions: int
-    steps: int
-    failed_steps: int
-    finished: dict[FinishReason, int]
-    last_step_seconds: float
-
-    @property
-    def cancelled(self) -> int:
-        """Requests taken back by their callers."""
-        return self.finished[FinishReason.CANCELLED]
 
 
 class Engine:
