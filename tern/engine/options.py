@@ -11,6 +11,9 @@ from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("wint4", "wint8")
+SPECULATIONS = ("auto", "off", "ngram", "mtp")
+MOST_DRAFTS = 64
+LONGEST_LOOKUP = 64
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -25,7 +28,12 @@ class EngineOptions:
     with neither, what `tern.engine.cache_size` takes from free memory. `enable_prefix_caching` reuses the blocks of
     prompts that begin alike. `max_queue`: requests that may wait before new ones are refused; None never refuses.
     `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in 4 or 8
-    bits ("wint4", "wint8"); None keeps them as they are stored. `check_integrity_when_idle` verifies the engine's books
+    bits ("wint4", "wint8"); None keeps them as they are stored. `speculation`
+    says who drafts tokens that a step then verifies: "ngram" copies from the text so far, "mtp" is the model's own
+    predictor, "auto" both where there is one, "off" nobody; drafts are made only while they pay, and answers are the
+    same with and without. `num_speculative_tokens`: most drafts of a sequence in a step; None is what
+    `tern.engine.drafts` finds good. `prompt_lookup_min` to `prompt_lookup_max` tokens must agree before "ngram" copies
+    what follows. `check_integrity_when_idle` verifies the engine's books
     each time it runs out of work.
 
     Raises `OptionError` that names the option, the value and the limit.
@@ -42,6 +50,10 @@ class EngineOptions:
     dtype: str = "auto"
     device: str = "auto"
     quantization: str | None = None
+    speculation: str = "auto"
+    num_speculative_tokens: int | None = None
+    prompt_lookup_min: int = 3
+    prompt_lookup_max: int = 8
     check_integrity_when_idle: bool = False
 
     def __post_init__(self) -> None:
@@ -69,6 +81,11 @@ class EngineOptions:
             raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}.")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise OptionError(f"quantization is {self.quantization!r}: it must be one of {', '.join(QUANTIZATIONS)}.")
+        if self.speculation not in SPECULATIONS:
+            raise OptionError(f"speculation is {self.speculation!r}: it must be one of {', '.join(SPECULATIONS)}.")
+        _optional_integer("num_speculative_tokens", self.num_speculative_tokens, 1, MOST_DRAFTS)
+        _integer("prompt_lookup_max", self.prompt_lookup_max, 1, LONGEST_LOOKUP)
+        _integer("prompt_lookup_min", self.prompt_lookup_min, 1, self.prompt_lookup_max)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
 

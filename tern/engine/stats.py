@@ -13,8 +13,9 @@ class EngineStats:
 
     `blocks_cached` hold content that a prompt can reuse, free or owned. `prefix_hit_tokens` of `prefix_query_tokens`
     prompt tokens were found in the cache. `prompt_tokens` counts requests as they start, `generated_tokens` sampled and
-    forced ones, `computed_tokens` all that went through the model, after a preemption once more. `finished` counts
-    endings by reason. `last_step_seconds` is how long the newest step computed.
+    forced ones, `computed_tokens` all that went through the model, after a preemption once more and drafts too.
+    `drafted_tokens` were verified by steps, `accepted_tokens` of them were right. `finished` counts endings by reason.
+    `last_step_seconds` is how long the newest step computed.
     """
 
     running: int
@@ -27,6 +28,8 @@ class EngineStats:
     prompt_tokens: int
     computed_tokens: int
     generated_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     preemptions: int
     steps: int
     failed_steps: int

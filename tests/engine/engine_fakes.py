@@ -31,6 +31,7 @@ class HashModel:
             num_key_value_heads=1,
             head_dim=1,
         )
+        self.mtp: Any = None
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self.table = torch.randn(8191, vocab_size, generator=torch.Generator().manual_seed(5))
@@ -112,6 +113,7 @@ class Recorder:
 def make_engine(model: Any = None, **options: Any) -> Engine:
     """A small engine; without another wish 4-token blocks for four full sequences."""
     values: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
+    values["speculation"] = "off"  # or the number of steps would depend on how long they take
     return Engine(model or HashModel(), {EOS}, EngineOptions.from_keywords(**{**values, **options}))
 
 
