@@ -134,8 +134,9 @@ class Drafter:
 
         It needs every position of a sequence, so one that has lived through a pause is not followed any more.
         """
-        works = self.predicted_drafts > 0 and self._pause == 0
-        return works and self._speculates(sequence) and self._state(sequence).era == self._era
+        if not self.predicted_drafts or not self._speculates(sequence):
+            return False
+        return self._state(sequence).era == self._era and not self._pause  # the state notes when it began
 
     def draft(self, sequences: Ordered[Sequence], room: int) -> list[tuple[int, ...]]:
         """Drafts for each of the `sequences`, which all decode, at most `room` together: those that pay."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from engine_fakes import EOS, FreeRows, HashModel, HashPredictor, Recorder, add, make_engine, run
+from engine_fakes import EOS, FixedTimes, HashModel, HashPredictor, Recorder, add, make_engine, run
 
 from tern.engine import Engine, FinishReason, Steering
 from tern.engine.sampler import NOT_FINITE
@@ -44,7 +44,7 @@ def predicting(drafts: int = 3, **options: Any) -> Engine:
     model = HashModel()
     model.mtp = HashPredictor(model)
     engine = make_engine(model, **{"speculation": "mtp", "num_speculative_tokens": drafts, **options})
-    engine.drafter.times = FreeRows()  # type: ignore[assignment]
+    engine.drafter.times = FixedTimes()  # type: ignore[assignment]
     return engine
 
 
@@ -151,7 +151,7 @@ def test_the_predictor_is_shown_every_position(options: dict[str, Any], fields: 
 
 def test_the_text_so_far_drafts() -> None:
     engine = make_engine(speculation="ngram", prompt_lookup_min=2)
-    engine.drafter.times = FreeRows()  # type: ignore[assignment]
+    engine.drafter.times = FixedTimes()  # type: ignore[assignment]
     bias = {token: -100.0 for token in range(61) if token not in (9, 10)}  # an answer that must repeat itself
     plain, sped = make_engine(), Recorder()
     sink = add(plain, "plain", [5], max_tokens=90, ignore_eos=True, logit_bias=bias)
