@@ -62,17 +62,16 @@ PROMPTS = [
 def network(architecture: str) -> ErnieModel:
     """A network of random weights, large enough for answers that vary; float32 unless the name ends in bf16.
 
-    With "wint4" in the name, its weights are packed.
+    With "wint4" in the name, its weights are packed; with "mtp" it has a multi-token predictor.
     """
     moe = architecture.startswith("moe")
+    sizes = {**SMALL, "num_nextn_predict_layers": int("mtp" in architecture)}
     config = ErnieConfig.from_dict(
-        {**SMALL, "model_type": "ernie4_5_moe", **EXPERTS} if moe else {**SMALL, "model_type": "ernie4_5"}
+        {**sizes, "model_type": "ernie4_5_moe", **EXPERTS} if moe else {**sizes, "model_type": "ernie4_5"}
     )
     generator = torch.Generator().manual_seed(13)
     tensors = {}
     for name, shape in parameter_shapes(config).items():
-        if name.startswith("mtp."):
-            continue
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm"):
             tensors[name] = 1 + 0.1 * noise
@@ -116,7 +115,7 @@ def plain_answer(architecture: str, number: int) -> list[int]:
 
 
 def build(architecture: str, **options: Any) -> Engine:
-    values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 60, **options}
+    values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 60, "speculation": "off", **options}
     return Engine(network(architecture), {EOS}, EngineOptions.from_keywords(**values))
 
 
