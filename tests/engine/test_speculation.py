@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import torch
 from engine_fakes import EOS, FixedTimes, HashModel, HashPredictor, Recorder, add, make_engine, run
 
 from tern.engine import Engine, FinishReason, Steering
 from tern.engine.sampler import NOT_FINITE
 from tern.errors import OptionError
+from tern.model.batch import Batch, KVCache
 
 PROMPTS = [[5, 6, 7], [5, 6, 7, 8, 9, 10, 11, 12, 13], list(range(3, 40)), [9], [5, 6, 7, 8, 9, 10, 11, 12, 20, 21]]
 ANSWER = 40
@@ -147,6 +149,35 @@ def test_the_predictor_is_shown_every_position(options: dict[str, Any], fields: 
     assert answers(engine, "warm", **fields) == plain
     assert engine.stats().accepted_tokens > ANSWER
     assert engine.stats().failed_steps == 0
+
+
+def test_a_prompt_in_chunks_leaves_no_gap_behind_the_predictor() -> None:
+    engine = predicting(3, max_num_batched_tokens=8)
+    sink = add(engine, "long", list(range(3, 40)), max_tokens=ANSWER, ignore_eos=True)
+    run(engine)
+    assert sink.ids == answers(make_engine(), "plain")[2]
+    assert engine.stats().accepted_tokens == engine.stats().drafted_tokens > 20
+
+
+class ForgetfulPredictor(HashPredictor):
+    """Wrong about every fifth position, right again behind it."""
+
+    def hidden(self, batch: Batch, previous: torch.Tensor, kv: KVCache) -> torch.Tensor:
+        right = super().hidden(batch, previous, kv)
+        return torch.where(batch.positions[:, None] % 5 == 0, 8190 - right, right)
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 6])
+def test_behind_a_wrong_draft_the_predictor_goes_on_from_what_stands(drafts: int) -> None:
+    engine = predicting(drafts)
+    engine.runner.predictor.mtp = ForgetfulPredictor(engine.runner.model)  # type: ignore
+    prompt = list(range(3, 40))
+    sink = add(engine, "r", prompt, max_tokens=ANSWER, ignore_eos=True)
+    run(engine)
+    assert sink.ids == answers(make_engine(), "plain")[2]
+    lost = engine.stats().drafted_tokens - engine.stats().accepted_tokens
+    assert 0 < lost <= (ANSWER // 5 + 1) * drafts  # each mistake costs the drafts behind it and no others
+    assert engine.stats().accepted_tokens > 10
 
 
 def test_the_text_so_far_drafts() -> None:
