@@ -38,6 +38,9 @@ def serve(
     allow_public: Annotated[bool, typer.Option(help="Serve other machines although there is no --api-key.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="wint4 or wint8: pack weights while loading.")] = None,
+    speculation: Annotated[str | None, typer.Option(help="auto (default), ngram, mtp or off: who drafts.")] = None,
+    num_speculative_tokens: Annotated[int | None, typer.Option(help="Most drafts of a sequence in a step.")] = None,
+    speculative_config: Annotated[str | None, typer.Option(help="The same as vLLM's JSON, with a method.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
@@ -79,6 +82,9 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_queue": max_queue,
         "block_size": block_size,
+        "speculation": speculation,
+        "num_speculative_tokens": num_speculative_tokens,
+        "speculative_config": speculative_config,
     }
     engine_options = EngineOptions.from_keywords(
         dtype=dtype,

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tern.engine.speculative_config import options_of
 from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -91,7 +92,17 @@ class EngineOptions:
 
     @classmethod
     def from_keywords(cls, **values: Any) -> EngineOptions:
-        """Build options from names that a user wrote; an unknown name is refused with the nearest known one."""
+        """Build options from names that a user wrote; an unknown name is refused with the nearest known one.
+
+        `speculative_config` is vLLM's way to say what `speculation` and the options beside it say.
+        """
+        config = values.pop("speculative_config", None)
+        if config is not None:
+            chosen = options_of(config)
+            twice = [name for name in chosen if name in values]
+            if twice:
+                raise OptionError(f"{twice[0]} and speculative_config are both given and say the same: give only one.")
+            values |= chosen
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:

@@ -118,6 +118,8 @@ class _EngineCollector:
             ("tern:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
             ("tern:prompt_tokens", "Prompt tokens read.", stats.prompt_tokens),
             ("tern:generation_tokens", "Tokens generated.", stats.generated_tokens),
+            ("tern:spec_decode_num_draft_tokens", "Drafted tokens that steps verified.", stats.drafted_tokens),
+            ("tern:spec_decode_num_accepted_tokens", "Drafted tokens that were right.", stats.accepted_tokens),
             ("tern:num_preemptions", "Times a sequence lost its blocks.", stats.preemptions),
         )
         for name, text, value in counters:
