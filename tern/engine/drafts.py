@@ -188,7 +188,8 @@ class Drafter:
         if state.index is not None:
             copied = state.index.continuation(sequence.token_ids, min(self.ngram_drafts, room))
             self._propose(sequence, Method.NGRAM, 0, copied)
-        best = max(state.proposals, key=lambda proposal: proposal.expected, default=None)
+        here = (proposal for proposal in state.proposals if proposal.length == len(sequence.token_ids))
+        best = max(here, key=lambda proposal: proposal.expected, default=None)
         return best and Proposal(best.method, best.length, best.tokens[:room], best.chance)
 
     def _propose(self, sequence: Sequence, method: Method, ahead: int, tokens: tuple[int, ...]) -> None:

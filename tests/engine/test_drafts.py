@@ -169,6 +169,10 @@ def test_what_the_predictor_said_is_used_where_it_was_said_for() -> None:
     assert drafter.draft([sequence], 30) == [(5, 6)]
     sequence.token_ids.append(9)  # forced
     assert drafter.draft([sequence], 30) == [()]
+    drafter.learn([Chunk(sequence, 1, True)], [Given([5, 6, 7], predicted=(8, 9))], 1.0, 0.0)
+    sequence.token_ids.append(5)  # and then the sink forced another
+    sequence.token_ids.append(40)
+    assert drafter.draft([sequence], 30) == [()]
 
 
 @pytest.mark.parametrize("right", [True, False])
