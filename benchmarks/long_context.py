@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     wanted = made.parse_args(arguments)
     try:
-        chosen = {"max_num_seqs": 1, **options(wanted.option)}
+        chosen = {"max_num_seqs": 1, "speculation": "off", **options(wanted.option)}
         engine = Engine.open(resolve_model(wanted.model), EngineOptions.from_keywords(**chosen))
         found = measure(engine, wanted.depths)
     except TernError as error:

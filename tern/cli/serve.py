@@ -40,6 +40,9 @@ def serve(
     quantization: Annotated[
         str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
     ] = None,
+    speculation: Annotated[str | None, typer.Option(help="auto (default), ngram, mtp or off: who drafts.")] = None,
+    num_speculative_tokens: Annotated[int | None, typer.Option(help="Most drafts of a sequence in a step.")] = None,
+    speculative_config: Annotated[str | None, typer.Option(help="The same as vLLM's JSON, with a method.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
@@ -86,6 +89,9 @@ def serve(
         "max_num_batched_tokens": max_num_batched_tokens,
         "max_queue": max_queue,
         "block_size": block_size,
+        "speculation": speculation,
+        "num_speculative_tokens": num_speculative_tokens,
+        "speculative_config": speculative_config,
     }
     engine_options = EngineOptions.from_keywords(
         dtype=dtype,

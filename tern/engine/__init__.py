@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tern.engine.engine import Engine, EngineStats
+    from tern.engine.engine import Engine
     from tern.engine.options import EngineOptions
     from tern.engine.request import (
         CONTINUE,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from tern.engine.sampling_params import SamplingParams
     from tern.engine.service import EngineService, ServiceState
+    from tern.engine.stats import EngineStats
 
 __all__ = [
     "CONTINUE",
@@ -43,7 +44,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "engine",
-    "EngineStats": "engine",
+    "EngineStats": "stats",
     "EngineOptions": "options",
     "SamplingParams": "sampling_params",
     "EngineService": "service",

@@ -85,9 +85,9 @@ class BlockPool:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def blocks_missing(self, sequence: Sequence) -> int:
-        """Blocks that the sequence needs beyond its own, for all its tokens."""
-        return self.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
+    def blocks_missing(self, sequence: Sequence, num_drafts: int = 0) -> int:
+        """Blocks that the sequence needs beyond its own, for all its tokens and as many drafts behind them."""
+        return self.blocks_for(len(sequence.token_ids) + num_drafts) - len(sequence.block_table)
 
     def extend_digests(self, sequence: Sequence) -> None:
         """Bring the sequence's digests up to its last full block."""
@@ -125,9 +125,9 @@ class BlockPool:
             self.ref_counts[block] += 1
             sequence.block_table.append(block)
 
-    def reserve(self, sequence: Sequence) -> None:
-        """Give the sequence blocks for all its tokens; the caller has made sure that enough are free."""
-        blocks = [self._free.popitem(last=False)[0] for _ in range(self.blocks_missing(sequence))]
+    def reserve(self, sequence: Sequence, num_drafts: int = 0) -> None:
+        """Give the sequence blocks for its tokens and drafts; the caller has made sure that enough are free."""
+        blocks = [self._free.popitem(last=False)[0] for _ in range(self.blocks_missing(sequence, num_drafts))]
         contents = self._drop_contents(blocks)
         if contents and self.store is not None:
             self.store.rescue(contents)
@@ -166,13 +166,20 @@ class BlockPool:
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from the sequence. Content that can be found again is reused last."""
-        for block in reversed(sequence.block_table):
+        self._release(sequence, 0)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Take the blocks beyond the sequence's tokens, which rejected drafts had."""
+        self._release(sequence, self.blocks_for(len(sequence.token_ids)))
+
+    def _release(self, sequence: Sequence, first: int) -> None:
+        for block in reversed(sequence.block_table[first:]):
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
                 self._free[block] = None
                 if block not in self._content:
                     self._free.move_to_end(block, last=False)
-        del sequence.block_table[:]
+        del sequence.block_table[first:]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Raise `IntegrityError` unless `sequences` own exactly the blocks that are not free."""

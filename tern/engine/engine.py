@@ -7,13 +7,11 @@ model. One thread at a time may use an `Engine`; `tern.engine.service` puts one 
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from array import array
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,12 +21,14 @@ from tern.engine.block_files import open_directory
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.cache_size import cache_dtype, free_memory, resolve_max_model_len, resolve_num_blocks
 from tern.engine.disk_cache import DiskCache
+from tern.engine.drafts import Drafter
 from tern.engine.options import EngineOptions
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
-from tern.engine.runner import Runner
+from tern.engine.runner import Runner, Sampled
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
+from tern.engine.stats import EngineStats
 from tern.errors import ContextLengthError, InvalidRequestError, OptionError, QueueFullError
 
 if TYPE_CHECKING:
@@ -38,42 +38,6 @@ logger = logging.getLogger(__name__)
 
 STEP_FAILED = "The engine failed while computing this request; its log says why. Other requests go on: try again."
 SINK_FAILED = "The request ended because its tokens could not be delivered."
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """A snapshot of one engine; everything from `prefix_query_tokens` on only grows, save `last_step_seconds`.
-
-    `blocks_cached` hold content that a prompt can reuse, free or owned. `prefix_hit_tokens` of `prefix_query_tokens`
-    prompt tokens were found in the cache. `prompt_tokens` counts requests as they start, `generated_tokens` sampled and
-    forced ones, `computed_tokens` all that went through the model, after a preemption once more. `finished` counts
-    endings by reason. `last_step_seconds` is how long the newest step computed. `disk_hit_tokens` of the
-    `prefix_hit_tokens` were read from `kv_cache_dir`; `disk_bytes_read` and `disk_bytes_written` passed in and out.
-    """
-
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_free: int
-    blocks_cached: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
-    prompt_tokens: int
-    computed_tokens: int
-    generated_tokens: int
-    preemptions: int
-    steps: int
-    failed_steps: int
-    finished: dict[FinishReason, int]
-    last_step_seconds: float
-    disk_hit_tokens: int = 0
-    disk_bytes_read: int = 0
-    disk_bytes_written: int = 0
-
-    @property
-    def cancelled(self) -> int:
-        """Requests taken back by their callers."""
-        return self.finished[FinishReason.CANCELLED]
 
 
 class Engine:
@@ -99,9 +63,20 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.device, self.dtype = model.device, model.dtype
         self.max_model_len = resolve_max_model_len(options, model.config)
+        self.drafter = Drafter(options, predicts=_has_predictor(model, options))
+        free = free_memory(model.device)
+        if self.drafter.predicted_drafts:  # its cache has one layer beside the decoder's
+            free -= free // (model.config.num_hidden_layers + 1)
         kv_dtype = cache_dtype(options.kv_cache_dtype, model.dtype)
-        num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free_memory(model.device), self.max_model_len)
-        self.runner = Runner(model, num_blocks=num_blocks, block_size=options.block_size, kv_dtype=kv_dtype)
+        num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free, self.max_model_len)
+        self.runner = Runner(
+            model,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            kv_dtype=kv_dtype,
+            max_num_seqs=options.max_num_seqs,
+            predicted_drafts=self.drafter.predicted_drafts,
+        )
         self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)
         if self.disk_cache is not None:
             weakref.finalize(self, self.disk_cache.close)
@@ -109,7 +84,10 @@ class Engine:
             num_blocks, options.block_size, caching=options.enable_prefix_caching, store=self.disk_cache
         )
         self.scheduler = Scheduler(
-            self.pool, max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens
+            self.pool,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            drafter=self.drafter,
         )
         self.sequences: dict[str, Sequence] = {}  # every request that is not finished
         self.consecutive_failures = 0
@@ -148,10 +126,10 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return self._idle()
-        tokens = self._compute(chunks)
-        if tokens is not None:
+        sampled = self._compute(chunks)
+        if sampled is not None:
             self.scheduler.commit(chunks)
-            self._deliver(chunks, tokens)
+            self._deliver(chunks, sampled)
         return True
 
     def add(self, request: Request) -> None:
@@ -239,6 +217,8 @@ class Engine:
             prompt_tokens=self.scheduler.prompt_tokens,
             computed_tokens=self._computed_tokens,
             generated_tokens=self._generated_tokens,
+            drafted_tokens=self.drafter.drafted_tokens,
+            accepted_tokens=self.drafter.accepted_tokens,
             preemptions=self.scheduler.num_preemptions,
             steps=self._steps,
             failed_steps=self._failed_steps,
@@ -295,20 +275,20 @@ class Engine:
                 param="min_tokens" if request.params.min_tokens > 0 else "bad_words",
             )
 
-    def _compute(self, chunks: Ordered[Chunk]) -> list[GeneratedToken | str] | None:
+    def _compute(self, chunks: Ordered[Chunk]) -> list[Sampled] | None:
         """Run the chunks; None if that failed, and then their requests have been ended."""
-        started = time.perf_counter()
         try:
-            tokens = self.runner.run(chunks)
+            result = self.runner.run(chunks, self.drafter.follows)
         except Exception:
             logger.exception("A step of %d sequences failed", len(chunks))
             self._fail_step(chunks)
             return None
         self.consecutive_failures = 0
         self._steps += 1
-        self._computed_tokens += sum(chunk.num_tokens for chunk in chunks)
-        self._last_step_seconds = time.perf_counter() - started
-        return tokens
+        self._computed_tokens += sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
+        self._last_step_seconds = result.seconds + result.predictor_seconds
+        self.drafter.learn(chunks, result.sampled, result.seconds, result.predictor_seconds)
+        return result.sampled
 
     def _fail_step(self, chunks: Ordered[Chunk]) -> None:
         """End the requests of a batch that could not be computed; the others lose nothing."""
@@ -318,14 +298,19 @@ class Engine:
             self._finish(chunk.sequence, FinishReason.ERROR, message=STEP_FAILED)
         self.check_integrity()
 
-    def _deliver(self, chunks: Ordered[Chunk], tokens: Ordered[GeneratedToken | str]) -> None:
+    def _deliver(self, chunks: Ordered[Chunk], sampled: Ordered[Sampled]) -> None:
         sampling = (chunk.sequence for chunk in chunks if chunk.samples)
-        for sequence, token in zip(sampling, tokens, strict=True):
-            if isinstance(token, str):
-                self.pool.forget(sequence)  # what could not be read from must not be found again
-                self._finish(sequence, FinishReason.ERROR, message=token)
-            else:
-                self._append(sequence, token)
+        for sequence, result in zip(sampling, sampled, strict=True):
+            for place, token in enumerate(result.tokens):
+                if place > 0:
+                    if sequence.status is SequenceStatus.FINISHED or sequence.num_uncomputed_tokens > 1:
+                        break  # its sink ended it or forced other tokens: what was drafted beyond does not follow
+                    self.scheduler.accept(sequence)
+                if isinstance(token, str):
+                    self.pool.forget(sequence)  # what could not be read from must not be found again
+                    self._finish(sequence, FinishReason.ERROR, message=token)
+                else:
+                    self._append(sequence, token)
 
     def _append(self, sequence: Sequence, token: GeneratedToken) -> None:
         """Append a sampled token, and what its sink forces after it, until one of them ends the sequence."""
@@ -388,6 +373,13 @@ class Engine:
             sequence.request.sink.finish(finish)
         except Exception:
             logger.exception("The sink of request %r failed at its end", sequence.request_id)
+
+
+def _has_predictor(model: ErnieModel, options: EngineOptions) -> bool:
+    """Whether the model can draft by itself. Raises `OptionError` if the options ask for that and it cannot."""
+    if model.mtp is None and options.speculation == "mtp":
+        raise OptionError("speculation is 'mtp' but the model has no multi-token predictor: choose ngram, auto or off.")
+    return model.mtp is not None
 
 
 def _device(name: str) -> str:

@@ -8,12 +8,16 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
+from tern.engine.speculative_config import options_of
 from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8")
 QUANTIZATIONS = ("wint4", "wint8", "none")
+SPECULATIONS = ("auto", "off", "ngram", "mtp")
 DEFAULT_KV_CACHE_DIR_SIZE = 20_000_000_000
+MOST_DRAFTS = 64
+LONGEST_LOOKUP = 64
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
@@ -31,8 +35,12 @@ class EngineOptions:
     `kv_cache_dir_size` bytes together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before
     new ones are refused; None never refuses. `dtype` and `device` are those of the loaded model. `quantization` packs
     its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); "none" keeps them floats; None does as the files
-    suggest: floats stay floats, weights of few bits are packed on the CPU. `check_integrity_when_idle` verifies the
-    engine's books each time it runs out of work.
+    suggest: floats stay floats, weights of few bits are packed on the CPU. `speculation` says who drafts tokens that a
+    step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where there
+    is one, "off" nobody; drafts are made only while they pay, and answers are the same with and without.
+    `num_speculative_tokens`: most drafts of a sequence in a step; None is what `tern.engine.drafts` finds good.
+    `prompt_lookup_min` to `prompt_lookup_max` tokens must agree before "ngram" copies what follows.
+    `check_integrity_when_idle` verifies the engine's books each time it runs out of work.
 
     Raises `OptionError` that names the option, the value and the limit.
     """
@@ -51,6 +59,10 @@ class EngineOptions:
     dtype: str = "auto"
     device: str = "auto"
     quantization: str | None = None
+    speculation: str = "auto"
+    num_speculative_tokens: int | None = None
+    prompt_lookup_min: int = 3
+    prompt_lookup_max: int = 8
     check_integrity_when_idle: bool = False
 
     def __post_init__(self) -> None:
@@ -87,6 +99,11 @@ class EngineOptions:
             )
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise OptionError(f"quantization is {self.quantization!r}: it must be one of {', '.join(QUANTIZATIONS)}.")
+        if self.speculation not in SPECULATIONS:
+            raise OptionError(f"speculation is {self.speculation!r}: it must be one of {', '.join(SPECULATIONS)}.")
+        _optional_integer("num_speculative_tokens", self.num_speculative_tokens, 1, MOST_DRAFTS)
+        _integer("prompt_lookup_max", self.prompt_lookup_max, 1, LONGEST_LOOKUP)
+        _integer("prompt_lookup_min", self.prompt_lookup_min, 1, self.prompt_lookup_max)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
 
@@ -106,7 +123,17 @@ class EngineOptions:
 
     @classmethod
     def from_keywords(cls, **values: Any) -> EngineOptions:
-        """Build options from names that a user wrote; an unknown name is refused with the nearest known one."""
+        """Build options from names that a user wrote; an unknown name is refused with the nearest known one.
+
+        `speculative_config` is vLLM's way to say what `speculation` and the options beside it say.
+        """
+        config = values.pop("speculative_config", None)
+        if config is not None:
+            chosen = options_of(config)
+            twice = [name for name in chosen if name in values]
+            if twice:
+                raise OptionError(f"{twice[0]} and speculative_config are both given and say the same: give only one.")
+            values |= chosen
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:

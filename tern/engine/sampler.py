@@ -16,7 +16,9 @@ logits as the model gave them.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence as Ordered
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,16 +27,28 @@ from torch import Tensor
 from tern import ops
 from tern.engine.request import GeneratedToken, TokenLogprob
 from tern.engine.sampling_state import SamplingState, uniform
-from tern.engine.sequence import Sequence
 
 NOT_FINITE = "The model gave no finite score for any next token; its weights or its number format are damaged."
 ALL_MASKED = "logit_bias, bad_words and min_tokens together forbid every next token; relax one of them."
 
 
+class SamplingRow(Protocol):
+    """What the sampler reads of the sequence that a row of logits belongs to."""
+
+    @property
+    def sampling(self) -> SamplingState: ...
+
+    @property
+    def token_ids(self) -> array[int]: ...
+
+    @property
+    def num_generated_tokens(self) -> int: ...
+
+
 class Sampler:
     """Chooses the next token of every row."""
 
-    def sample(self, logits: Tensor, sequences: Ordered[Sequence]) -> list[GeneratedToken | str]:
+    def sample(self, logits: Tensor, sequences: Ordered[SamplingRow]) -> list[GeneratedToken | str]:
         """One token a row of `logits` [rows, vocab], or the sentence that ends that row's request.
 
         The logits are float32 and are overwritten.
@@ -75,7 +89,7 @@ def _not_finite_rows(peaks: Tensor) -> list[int]:
     return [row for row, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
 
 
-def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[Sequence]) -> None:
+def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow]) -> None:
     """Apply bias, penalties and masks to `rows` of `logits` [rows, vocab], in place."""
     states = [(row, sequences[row].sampling) for row in rows]
     biased = [(row, state.bias_ids, state.bias_values) for row, state in states if len(state.bias_ids)]
@@ -90,7 +104,7 @@ def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[Sequence]) -> N
         logits[_entries(masked, logits)] = -math.inf
 
 
-def _penalise(logits: Tensor, rows: Ordered[tuple[int, SamplingState]], sequences: Ordered[Sequence]) -> None:
+def _penalise(logits: Tensor, rows: Ordered[tuple[int, SamplingState]], sequences: Ordered[SamplingRow]) -> None:
     """Repetition divides positive and multiplies negative logits; presence and frequency subtract."""
     histories = []
     for row, state in rows:

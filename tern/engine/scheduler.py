@@ -8,7 +8,9 @@ ones own nothing. A step is composed in three moves:
     3. what is left admits waiting sequences, in order, each starting from the cached blocks its prompt begins with,
        those found in memory and behind them those that the pool's store has
 
-A preempted sequence keeps its tokens, loses its blocks and is computed again later; its output does not change.
+A step of decodes alone may carry drafts (`tern.engine.drafts`) in a fourth move, within the budget and in blocks that
+nobody else is about to need. A preempted sequence keeps its tokens, loses its blocks and is computed again later; its
+output does not change.
 The first in order can take the blocks of all others and a full-length sequence fits the pool, so work always goes on.
 """
 
@@ -16,8 +18,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Protocol
 
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.sequence import Sequence, SequenceStatus
@@ -29,19 +32,42 @@ _ORDER = attrgetter("order")
 class Chunk:
     """`num_tokens` uncomputed tokens of a sequence, to be computed in one step.
 
-    `samples`: they are the last uncomputed ones, so the step gives the sequence its next token.
+    `samples`: they are the last uncomputed ones, so the step gives the sequence its next token. `drafts` may follow
+    them; they are computed too, and those that turn out right are tokens that the same step gives.
     """
 
     sequence: Sequence
     num_tokens: int
     samples: bool
+    drafts: tuple[int, ...] = ()
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the only token is the sequence's newest."""
+        return self.samples and self.num_tokens == 1
+
+
+class DraftSource(Protocol):
+    """Who knows tokens that may come next."""
+
+    def draft(self, sequences: Ordered[Sequence], room: int) -> list[tuple[int, ...]]:
+        """Drafts for each of the decoding `sequences`, at most `room` in all and `num_draftable_tokens` each."""
+        ...
 
 
 class Scheduler:
     """Composes steps of at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens."""
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        drafter: DraftSource | None = None,
+    ) -> None:
         self.pool = pool
+        self.drafter = drafter
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
@@ -67,11 +93,13 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """Compose the next step; an empty list means that there is nothing to do."""
+        for sequence in self.running:
+            self.pool.trim(sequence)
         ready, preempted = self._reserve_running()
         chunks = self._deal(ready)
         if not preempted:  # blocks just taken from one sequence are for those that run
             self._admit(chunks)
-        return chunks
+        return self._with_drafts(chunks) if all(chunk.is_decode for chunk in chunks) else chunks
 
     def commit(self, chunks: Ordered[Chunk]) -> None:
         """Note that the step's tokens are computed, and make their full blocks findable."""
@@ -80,6 +108,11 @@ class Scheduler:
             first = sequence.num_computed_tokens
             sequence.num_computed_tokens += chunk.num_tokens
             self.pool.remember(sequence, first)
+
+    def accept(self, sequence: Sequence) -> None:
+        """Note that the sequence's newest token, which was drafted, is computed."""
+        sequence.num_computed_tokens += 1
+        self.pool.remember(sequence, sequence.num_computed_tokens - 1)
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` if a sequence or a block is lost, misplaced or owned twice."""
@@ -163,6 +196,24 @@ class Scheduler:
             self._start(sequence, found)
             chunks.append(_chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
+
+    def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Let decodes carry drafts, in blocks beyond the free one apiece that the running sequences grow into."""
+        if self.drafter is None or not chunks:
+            return chunks
+        drafts = self.drafter.draft([chunk.sequence for chunk in chunks], self.max_num_batched_tokens - len(chunks))
+        return [
+            replace(chunk, drafts=self._reserve_drafts(chunk.sequence, d))
+            for chunk, d in zip(chunks, drafts, strict=True)
+        ]
+
+    def _reserve_drafts(self, sequence: Sequence, drafts: tuple[int, ...]) -> tuple[int, ...]:
+        """Give the sequence blocks for `drafts`; return those that have one."""
+        spare = max(0, self.pool.num_free_blocks - len(self.running))
+        owned = len(sequence.block_table) * self.pool.block_size - len(sequence.token_ids)
+        drafts = drafts[: owned + spare * self.pool.block_size]
+        self.pool.reserve(sequence, len(drafts))
+        return drafts
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
         self.waiting.remove(sequence)

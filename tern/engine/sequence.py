@@ -13,12 +13,14 @@ none is left uncomputed after a step, that step's last row of logits gives the n
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from tern.engine.request import Request
 
 if TYPE_CHECKING:
+    from tern.engine.drafts import DraftState
     from tern.engine.sampling_state import SamplingState
 
 
@@ -44,6 +46,7 @@ class Sequence:
         "arrival",
         "block_table",
         "digests",
+        "drafting",
         "max_length",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -68,6 +71,7 @@ class Sequence:
         self.digests: list[bytes] = []
         self.status = SequenceStatus.NEW
         self.arrival = 0
+        self.drafting: DraftState | None = None  # made when first needed
 
     @property
     def request_id(self) -> str:
@@ -85,6 +89,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def num_draftable_tokens(self) -> int:
+        """Drafts that can be of use: the last token that fits is drawn after them."""
+        return self.max_length - len(self.token_ids) - 1
+
+    @property
     def num_generated_tokens(self) -> int:
         """Tokens after the prompt, sampled and forced."""
         return len(self.token_ids) - self.num_prompt_tokens
@@ -94,3 +103,24 @@ class Sequence:
             f"Sequence({self.request_id!r}, {self.status.name}, tokens={len(self.token_ids)}, "
             f"computed={self.num_computed_tokens}, blocks={list(self.block_table)})"
         )
+
+
+class Continuation:
+    """A sequence as it will stand when the tokens `ahead` have been appended: what the sampler reads of it."""
+
+    __slots__ = ("_ahead", "_sequence", "sampling")
+
+    def __init__(self, sequence: Sequence, ahead: Iterable[int]) -> None:
+        self._sequence = sequence
+        self._ahead = array("q", ahead)
+        self.sampling = sequence.sampling
+
+    @property
+    def token_ids(self) -> array[int]:
+        """A copy of the prompt and all tokens after it."""
+        return self._sequence.token_ids + self._ahead
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens after the prompt."""
+        return self._sequence.num_generated_tokens + len(self._ahead)

@@ -15,9 +15,10 @@ import threading
 import time
 from enum import StrEnum
 
-from tern.engine.engine import Engine, EngineStats
+from tern.engine.engine import Engine
 from tern.engine.request import FinishReason, Request
 from tern.engine.sequence import Sequence
+from tern.engine.stats import EngineStats
 from tern.errors import EngineUnavailableError, InvalidRequestError
 
 logger = logging.getLogger(__name__)

@@ -28,7 +28,8 @@ class Batch:
 
     `token_ids`, `positions`, `slots` [tokens]; `slots` is `block * block_size + offset` for each token's own K and V.
     `query_starts` [sequences + 1], `context_lens` [sequences], `block_tables` [sequences, max_blocks] padded with 0.
-    `logit_rows` [sequences_that_sample] are the rows whose next-token logits are wanted, in order.
+    `logit_rows` [rows] are the rows whose next-token logits are wanted, in order: the last of each sequence that
+    samples, and those before it whose next token is only a draft.
     `max_query_len` and `max_context_len` are the largest chunk and context, known on the host.
     """
 

@@ -121,6 +121,8 @@ class _EngineCollector:
             ("tern:disk_cache_written_bytes", "Bytes written to --kv-cache-dir.", stats.disk_bytes_written),
             ("tern:prompt_tokens", "Prompt tokens read.", stats.prompt_tokens),
             ("tern:generation_tokens", "Tokens generated.", stats.generated_tokens),
+            ("tern:spec_decode_num_draft_tokens", "Drafted tokens that steps verified.", stats.drafted_tokens),
+            ("tern:spec_decode_num_accepted_tokens", "Drafted tokens that were right.", stats.accepted_tokens),
             ("tern:num_preemptions", "Times a sequence lost its blocks.", stats.preemptions),
         )
         for name, text, value in counters:

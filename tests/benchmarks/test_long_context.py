@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,14 +11,17 @@ import pytest
 from benchmarks import long_context
 from benchmarks.long_context import STEPS, measure, options
 from tern.checkpoint import resolve_model
-from tern.engine import Engine, EngineOptions, GeneratedToken
+from tern.engine import Engine, EngineOptions
+from tern.engine.runner import StepResult
 from tern.engine.scheduler import Chunk
+from tern.engine.sequence import Sequence as TokenSequence
 from tern.errors import OptionError
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    chosen = EngineOptions(max_num_seqs=1, quantization="wint4", max_num_batched_tokens=64, max_model_len=600)
+    sizes = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "max_model_len": 600}
+    chosen = EngineOptions(quantization="wint4", speculation="off", **sizes)
     return Engine.open(resolve_model("dummy:tiny"), chosen, progress=False)
 
 
@@ -26,9 +29,9 @@ def test_a_sequence_is_read_once_and_decoded_at_each_depth(engine: Engine, monke
     chunks: list[tuple[int, int]] = []
     run = engine.runner.run
 
-    def record(step: Sequence[Chunk]) -> list[GeneratedToken | str]:
+    def record(step: Sequence[Chunk], follows: Callable[[TokenSequence], bool]) -> StepResult:
         chunks.extend((chunk.sequence.num_computed_tokens, chunk.num_tokens) for chunk in step)
-        return run(step)
+        return run(step, follows)
 
     monkeypatch.setattr(engine.runner, "run", record)
     found = measure(engine, [100, 121, 500])

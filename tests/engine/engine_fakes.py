@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -33,15 +33,18 @@ class HashModel:
             num_key_value_heads=1,
             head_dim=1,
         )
+        self.mtp: Any = None
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self.table = torch.randn(8191, vocab_size, generator=torch.Generator().manual_seed(5))
         self.batches: list[Batch] = []
+        self.kv: KVCache | None = None  # the cache of the newest step
         self.fail_next = 0
         self.spoil_token: int | None = None  # a context that contains it gives logits that are not finite
 
     def hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
         self.batches.append(batch)
+        self.kv = kv
         if self.fail_next:
             self.fail_next -= 1
             raise RuntimeError("the fake model fails as asked")
@@ -59,9 +62,8 @@ class HashModel:
                 range(context_len - count, context_len)
             )
             read = tokens.long().tolist()
-            rows += [hash_context(read[: end + 1]) for end in range(context_len - count, context_len)]
-            if self.spoil_token is not None and self.spoil_token in tokens.tolist():
-                rows[-1] = -1
+            for end in range(context_len - count + 1, context_len + 1):
+                rows.append(-1 if self.spoil_token in read[:end] else hash_context(read[:end]))
         return torch.tensor(rows, dtype=torch.float64)[:, None]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -69,6 +71,51 @@ class HashModel:
         logits = self.table[keys.clamp(min=0)].clone()
         logits[keys < 0] = float("nan")
         return logits
+
+
+class HashPredictor:
+    """The multi-token predictor of a `HashModel`: always right, as long as it is shown every position.
+
+    Its "keys" are the tokens it was given, which are those of the positions after; the first it reads where the
+    decoder has it.
+    """
+
+    def __init__(self, model: HashModel) -> None:
+        self.model = model
+
+    def hidden(self, batch: Batch, previous: torch.Tensor, kv: KVCache) -> torch.Tensor:
+        assert len(previous) == len(batch.token_ids)
+        assert self.model.kv is not None
+        size = kv.block_size
+        kv.keys.view(-1)[batch.slots] = batch.token_ids.float()
+        kv.values.view(-1)[batch.slots] = batch.positions.float()
+        rows = []
+        starts = batch.query_starts.tolist()
+        for index, context_len in enumerate(batch.context_lens.tolist()):
+            slots = (batch.block_tables[index][:, None] * size + torch.arange(size)).view(-1)[:context_len]
+            assert kv.values.view(-1)[slots].tolist() == list(range(context_len)), "a position was not shown"
+            first = int(self.model.kv.keys.view(-1)[slots[0]])
+            read = [first, *kv.keys.view(-1)[slots].long().tolist()]
+            count = starts[index + 1] - starts[index]
+            rows += [hash_context(read[: end + 2]) for end in range(context_len - count, context_len)]
+        return torch.tensor(rows, dtype=torch.float64)[:, None]
+
+
+@dataclass
+class FixedTimes:
+    """Step times that do not depend on a clock, so that neither does what is drafted; drafts are free without another
+    wish for `seconds(rows)`."""
+
+    seconds: Callable[[int], float] = lambda _: 1.0
+
+    def add(self, sequences: int, rows: int, seconds: float) -> None:
+        """Measured times do not count."""
+
+    def known(self, sequences: int) -> bool:
+        return sequences > 0
+
+    def curve(self, sequences: int) -> Callable[[int], float]:
+        return lambda rows: self.seconds(rows - sequences + 1)
 
 
 def hash_context(tokens: list[int]) -> int:
@@ -165,6 +212,7 @@ class MemoryStore:
 def make_engine(model: Any = None, **options: Any) -> Engine:
     """A small engine; without another wish 4-token blocks for four full sequences."""
     values: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
+    values["speculation"] = "off"  # or the number of steps would depend on how long they take
     return Engine(model or HashModel(), {EOS}, EngineOptions.from_keywords(**{**values, **options}))
 
 

@@ -62,17 +62,17 @@ PROMPTS = [
 def network(architecture: str) -> ErnieModel:
     """A network of random weights, large enough for answers that vary; float32 unless the name ends in bf16.
 
-    With "wint4" in the name, its weights are packed; with "int8 cache", `build` keeps keys and values in int8.
+    With "wint4" in the name, its weights are packed; with "mtp" it has a multi-token predictor; with "int8 cache",
+    `build` keeps keys and values in int8.
     """
     moe = architecture.startswith("moe")
+    sizes = {**SMALL, "num_nextn_predict_layers": int("mtp" in architecture)}
     config = ErnieConfig.from_dict(
-        {**SMALL, "model_type": "ernie4_5_moe", **EXPERTS} if moe else {**SMALL, "model_type": "ernie4_5"}
+        {**sizes, "model_type": "ernie4_5_moe", **EXPERTS} if moe else {**sizes, "model_type": "ernie4_5"}
     )
     generator = torch.Generator().manual_seed(13)
     tensors = {}
     for name, shape in parameter_shapes(config).items():
-        if name.startswith("mtp."):
-            continue
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm"):
             tensors[name] = 1 + 0.1 * noise
@@ -118,7 +118,8 @@ def plain_answer(architecture: str, number: int) -> list[int]:
 
 
 def build(architecture: str, **options: Any) -> Engine:
-    values = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 60, **options}
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "num_kv_blocks": 60}
+    values: dict[str, Any] = {**sizes, "speculation": "off", **options}
     if "int8 cache" in architecture:
         values |= {"kv_cache_dtype": "int8", "block_size": -(-values.get("block_size", 16) // 4) * 4}
     return Engine(network(architecture), {EOS}, EngineOptions.from_keywords(**values))

@@ -94,3 +94,48 @@ def test_the_smallest_pool_serves_a_full_length_sequence() -> None:
 
 def test_free_memory_is_a_plausible_number_of_bytes() -> None:
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ('{"method": "ngram"}', {"speculation": "ngram"}),
+        ({"method": "ernie_mtp", "num_speculative_tokens": 1}, {"speculation": "mtp", "num_speculative_tokens": 1}),
+        (
+            '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 2}',
+            {"speculation": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 4},
+        ),
+        ({"method": "ngram_match", "prompt_lookup_max": 2}, {"prompt_lookup_min": 2, "prompt_lookup_max": 2}),
+        ({"method": "ngram", "prompt_lookup_min": 9}, {"prompt_lookup_min": 9, "prompt_lookup_max": 9}),
+        (None, {"speculation": "auto", "num_speculative_tokens": None}),
+    ],
+)
+def test_vllms_speculative_config_is_read(config: Any, expected: dict[str, Any]) -> None:
+    options = EngineOptions.from_keywords(speculative_config=config)
+    assert {name: getattr(options, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"speculation": "eagle"}, "speculation is 'eagle': it must be one of auto, off, ngram, mtp"),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is 0: .* from 1 to 64"),
+        ({"prompt_lookup_max": 65}, "prompt_lookup_max is 65"),
+        ({"prompt_lookup_min": 9}, "prompt_lookup_min is 9: .* from 1 to 8"),
+        ({"speculative_config": "{ngram}"}, "speculative_config is '{ngram}': it is not valid JSON"),
+        ({"speculative_config": "[" * 100_000}, "not valid JSON"),
+        ({"speculative_config": "[5]"}, r"speculative_config is '\[5\]': give an object such as"),
+        ({"speculative_config": {}}, "method is None: it must be ngram or mtp"),
+        ({"speculative_config": {"method": "eagle3"}}, "method is 'eagle3': it must be ngram or mtp"),
+        ({"speculative_config": {"method": ["mtp"]}}, r"method is \['mtp'\]"),
+        ({"speculative_config": {"method": "mtp", "model": "x"}}, "has 'model', which Tern does not know: leave it"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": "5"}}, "tokens is '5'"),
+        (
+            {"speculative_config": {"method": "mtp"}, "speculation": "off"},
+            "speculation and speculative_config are both",
+        ),
+    ],
+)
+def test_wrong_speculation_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        EngineOptions.from_keywords(**values)

@@ -6,6 +6,7 @@ beginning of (or all of) what the model says to its prompt alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from tern.engine import FinishReason, Steering
 
 MAX_LEN = 24
 MODEL = HashModel(length=MAX_LEN)
+ALONE = HashModel(length=MAX_LEN)
 
 prompts = st.tuples(  # few beginnings and few tokens, so that prompts share blocks
     st.sampled_from([(), (5, 6, 7), (5, 6, 7, 8, 9, 10, 11, 12), (5, 6, 7, 8, 30, 31)]),
@@ -55,8 +57,33 @@ sizes = st.fixed_dictionaries(
         "max_num_seqs": st.integers(1, 4),
         "budget": st.integers(0, 20),
         "caching": st.sampled_from(["none", "memory", "store"]),
+        "drafts": st.sampled_from([None, "right", "wrong", "half right"]),
     }
 )
+
+
+class KnowingDrafts:
+    """Drafts of someone who has read the answers, and tells the truth, lies, or lies now and then."""
+
+    def __init__(self, manner: str, sinks: list[tuple[dict[str, Any], Recorder]]) -> None:
+        self.manner = manner
+        self.sinks = sinks
+        self.drafted = 0
+
+    def draft(self, sequences: Sequence[Any], room: int) -> list[tuple[int, ...]]:
+        drafts = []
+        for sequence in sequences:
+            done = sequence.num_generated_tokens
+            answer = answer_to(self.sinks[int(sequence.request_id)][0])[done:]
+            count = max(0, min(room, sequence.num_draftable_tokens, 1 + done % 5))
+            drafts.append(tuple(self.told(token, done + place) for place, token in enumerate(answer[:count])))
+            room -= len(drafts[-1])
+            self.drafted += len(drafts[-1])
+        return drafts
+
+    def told(self, token: int, place: int) -> int:
+        lies = self.manner == "wrong" or (self.manner == "half right" and place % 3 == 2)
+        return (token + 1) % 60 if lies else token
 
 
 @lru_cache(maxsize=4096)
@@ -75,7 +102,7 @@ def expected(prompt: tuple[int, ...], limit: int, script: tuple[tuple[int, tuple
 @lru_cache(maxsize=4096)
 def expected_draws(prompt: tuple[int, ...], limit: int, seed: int, script: Any) -> tuple[int, ...]:
     """The seeded answer of an engine that serves nothing else and keeps nothing."""
-    engine = make_engine(MODEL, num_kv_blocks=8, max_num_seqs=1, enable_prefix_caching=False)
+    engine = make_engine(ALONE, num_kv_blocks=8, max_num_seqs=1, enable_prefix_caching=False)
     sink = Recorder(script={count: Steering(force=force) for count, force in script})
     add(engine, "alone", list(prompt), sink=sink, max_tokens=limit - len(prompt), temperature=1.0, seed=seed)
     while engine.step():
@@ -97,10 +124,10 @@ def fit(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "max_tokens": fields["max_tokens"] and min(fields["max_tokens"], room)}
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(size=sizes, plan=events)
 @example(  # two that grow in a pool for one
-    size={"block_size": 2, "spare": 0, "max_num_seqs": 4, "budget": 0, "caching": "memory"},
+    size={"block_size": 2, "spare": 0, "max_num_seqs": 4, "budget": 9, "caching": "memory", "drafts": "half right"},
     plan=[
         ("add", {"prompt": (5, 6, 7), "max_tokens": None, "priority": p, "seed": 1, "script": {}, "raise_at": None})
         for p in (1, 0, 1, -1)
@@ -119,6 +146,8 @@ def test_any_life_keeps_the_books_and_the_answers(size: dict[str, Any], plan: li
         engine.pool.store = MemoryStore(engine.runner.kv)
     MODEL.batches.clear()
     sinks: list[tuple[dict[str, Any], Recorder]] = []
+    if size["drafts"]:
+        engine.scheduler.drafter = KnowingDrafts(size["drafts"], sinks)
     cancelled: set[int] = set()
     for kind, value in [*plan, ("step", 600)]:
         if kind == "add":

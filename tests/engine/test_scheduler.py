@@ -256,3 +256,44 @@ def queue_and_run(scheduler: Scheduler, prompt: list[int], *, before: Sequence) 
     [chunk] = step(scheduler)
     assert chunk.sequence is urgent
     return urgent
+
+
+class Fixed:
+    """A source that drafts the same for everyone."""
+
+    def __init__(self, *drafts: int) -> None:
+        self.drafts = drafts
+
+    def draft(self, sequences: list[Sequence], room: int) -> list[tuple[int, ...]]:
+        return [self.drafts[: room // len(sequences)] for _ in sequences]
+
+
+def test_blocks_of_drafts_are_given_back_before_the_next_step() -> None:
+    scheduler = make_scheduler(8)
+    scheduler.drafter = Fixed(*range(9))
+    sequence = queue(scheduler, "only", distinct(1, 3))
+    step(scheduler)
+    chunks = step(scheduler)
+    assert chunks[0].drafts == tuple(range(9))
+    assert len(sequence.block_table) == 4  # 4 tokens and 9 drafts
+    scheduler.drafter = None
+    step(scheduler)
+    assert len(sequence.block_table) == 2
+    assert scheduler.pool.num_free_blocks == 6
+
+
+def test_drafts_leave_every_running_sequence_a_block() -> None:
+    for blocks, fit in ((4, (3, 0)), (5, (3, 0)), (6, (7, 0)), (7, (9, 0)), (8, (9, 4))):
+        scheduler = make_scheduler(blocks, tokens=32)
+        for name in "ab":
+            queue(scheduler, name, distinct(ord(name), 3))
+        scheduler.schedule()
+        for sequence in scheduler.running:
+            sequence.num_computed_tokens = 3
+            sequence.token_ids.append(7)
+        scheduler.running[0].token_ids.append(7)
+        scheduler.running[0].num_computed_tokens = 4
+        scheduler.drafter = Fixed(*range(9))
+        assert [len(chunk.drafts) for chunk in scheduler.schedule()] == list(fit), blocks
+        assert scheduler.pool.num_free_blocks >= min(2, blocks - 3)
+        scheduler.check_integrity()

@@ -150,6 +150,8 @@ class ScriptedEngine:
             prompt_tokens=sum(len(request.prompt_token_ids) for request in self.seen),
             computed_tokens=0,
             generated_tokens=self._generated,
+            drafted_tokens=30,
+            accepted_tokens=20,
             preemptions=0,
             steps=0,
             failed_steps=0,

@@ -61,13 +61,13 @@ class Steps:
         self.arrived = 0
         engine.runner.run = self._gated  # type: ignore[method-assign]
 
-    def _gated(self, chunks: Any) -> Any:
+    def _gated(self, *step: Any) -> Any:
         with self._changed:
             self.arrived += 1
             self._changed.notify_all()
         if not self._free:
             self._allowed.acquire()
-        return self._run(chunks)
+        return self._run(*step)
 
     def hold(self) -> None:
         """Let no pass begin any more."""
@@ -160,6 +160,7 @@ def real(model: tuple[Any, ChatProtocol]) -> Iterator[RealServer]:
         max_num_batched_tokens=16,
         num_kv_blocks=96,
         block_size=8,
+        speculation="off",  # passes are counted
         check_integrity_when_idle=True,
     )
     engine = Engine(network, {EOS}, options)

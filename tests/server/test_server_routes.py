@@ -159,6 +159,8 @@ def test_metrics(server: Live) -> None:
     assert metric(after, "tern:kv_cache_usage_perc") == 0.25
     assert metric(after, "tern:num_requests_running") == 0
     assert metric(after, "tern:num_requests_waiting") == 0
+    assert metric(after, "tern:spec_decode_num_draft_tokens_total") == 30
+    assert metric(after, "tern:spec_decode_num_accepted_tokens_total") == 20
     assert (metric(after, "tern:prefix_cache_queries_total"), metric(after, "tern:prefix_cache_hits_total")) == (40, 16)
     disk = [metric(after, f"tern:disk_cache_{name}_total") for name in ("hits", "read_bytes", "written_bytes")]
     assert disk == [8, 3000, 5000]
