@@ -1,7 +1,7 @@
 // What attention kernels and those who call them agree on: tiles of a paged cache.
 //
-//   keys    [blocks, kv_heads, width / unit, block_size, unit]       unit: elements in 4 bytes
-//   values  [blocks, kv_heads, block_size / rows, width, rows]       rows: 4 where elements are int8, else 1
+//   keys    [kv_heads, blocks, width / unit, block_size, unit]       unit: elements in 4 bytes
+//   values  [kv_heads, blocks, block_size / rows, width, rows]       rows: 4 where elements are int8, else 1
 //
 // width: the head's, and with int8 four more: the bytes of a token's float32 scale in this head. They are the key's last
 // unit; of the values of four tokens the last 16 bytes are their scales, one behind the other. So the bytes that one

@@ -349,7 +349,7 @@ void Machine::rotate_and_store(const Rows& qkv, const float* cosines, const floa
             }
             const std::int64_t block = slots[row] / cache.block_size, offset = slots[row] % cache.block_size;
             for (std::int64_t head = 0; head < cache.kv_heads; ++head) {
-                const std::int64_t place = (block * cache.kv_heads + head) * cache.head_bytes();
+                const std::int64_t place = (head * cache.num_blocks + block) * cache.head_bytes();
                 kernels_.rotate(input + (heads + head) * width, cos, sin, width, turned);
                 round(turned, width, qkv.type, memory);
                 store_key(turned, cache, cache.keys + place, offset, memory);
@@ -445,13 +445,14 @@ void Machine::see(const Queries& q, const Cache& cache, const Sequences& sequenc
         memory.keys.clear();
         memory.values.clear();
         for (std::int64_t block = first_block; block <= last_block; ++block) {
-            const std::int64_t place = (table[block] * cache.kv_heads + q.kv_head) * cache.head_bytes();
+            const std::int64_t place = (q.kv_head * cache.num_blocks + table[block]) * cache.head_bytes();
             memory.keys.push_back(cache.keys + place);
             memory.values.push_back(cache.values + place);
         }
         const AttentionTile tile{memory.queries.of(rows * width) + first_row * width,
                                  memory.query_integers.of(rows, width).from(first_row, width),
-                                 memory.weights.of(rows, kTile), memory.value_quads.of(kTile / kQuad), live, visible, count, memory.keys.data(), memory.values.data(), start - first_block * cache.block_size,
+                                 memory.weights.of(rows, kTile), memory.value_quads.of(kTile / kQuad), live, visible, count,
+                                 memory.keys.data(), memory.values.data(), start - first_block * cache.block_size,
                                  cache.block_size, width, cache.element_bytes};
         kernels_.attend_tile(tile, scores, together, tile_highest, tile_total, tile_mixed);
         for (std::int64_t row = 0; row < live; ++row)

@@ -204,17 +204,17 @@ def run_bench(
 
 def _fill(kv: KVCache, config: ErnieConfig) -> None:
     """Random keys and values, the same few blocks over and over."""
-    count = min(FILLED_BLOCKS, kv.keys.shape[1])
-    keys, values = kv.keys[0, :count].clone(), kv.values[0, :count].clone()
+    num_blocks = kv.keys.shape[2]
+    count = min(FILLED_BLOCKS, num_blocks)
+    keys, values = kv.keys[0, :, :count].clone(), kv.values[0, :, :count].clone()
     generator = torch.Generator().manual_seed(0)
     shape = (2, count * kv.block_size, config.num_key_value_heads, config.head_dim)
     noise = torch.randn(shape, generator=generator)
     ops.write_kv(keys, values, noise[0], noise[1], torch.arange(shape[1]))
-    for layer in range(kv.keys.shape[0]):
-        for start in range(0, kv.keys.shape[1], count):
-            size = min(count, kv.keys.shape[1] - start)
-            kv.keys[layer, start : start + size] = keys[:size]
-            kv.values[layer, start : start + size] = values[:size]
+    for start in range(0, num_blocks, count):
+        size = min(count, num_blocks - start)
+        kv.keys[:, :, start : start + size] = keys[:, :size]
+        kv.values[:, :, start : start + size] = values[:, :size]
 
 
 def _results(

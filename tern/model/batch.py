@@ -80,8 +80,8 @@ class KVCache:
             rest = rest[part.numel() :]
 
     def _block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The bytes of a block where they lie: keys and values, each [layers, bytes of a layer's block]."""
-        keys, values = self.keys[:, block].flatten(1), self.values[:, block].flatten(1)
+        """The bytes of a block where they lie: keys and values, each [layers, G, bytes of a head's block]."""
+        keys, values = self.keys[:, :, block].flatten(2), self.values[:, :, block].flatten(2)
         return keys.view(torch.uint8), values.view(torch.uint8)
 
     @classmethod

@@ -153,7 +153,7 @@ def kv_cache_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of one layer's cache.
 
-    Keys [blocks, G, W / u, block_size, u], values [blocks, G, block_size / r, W, r]. u is how many numbers of `dtype`
+    Keys [G, blocks, W / u, block_size, u], values [G, blocks, block_size / r, W, r]. u is how many numbers of `dtype`
     fill four bytes (or 1 where D is no multiple of that): neighbours along D lie together and each of them for all of a
     block's keys, so that a product with a query runs over keys side by side, by the instructions that multiply pairs of
     bf16 or quads of int8. r is 4 with int8, so that four tokens' values lie together, else 1. W is D, and with int8
@@ -165,9 +165,9 @@ def kv_cache_shapes(
     unit = max(1, 4 // dtype.itemsize)
     if dtype != torch.int8:
         unit = unit if head_dim % unit == 0 else 1
-        return (num_blocks, kv_heads, head_dim // unit, block_size, unit), (
-            num_blocks,
+        return (kv_heads, num_blocks, head_dim // unit, block_size, unit), (
             kv_heads,
+            num_blocks,
             block_size,
             head_dim,
             1,
@@ -175,9 +175,9 @@ def kv_cache_shapes(
     if head_dim % unit or block_size % unit:
         raise ValueError(f"an int8 cache takes heads and blocks of multiples of 4, not {head_dim} and {block_size}")
     width = head_dim + SCALE_BYTES
-    return (num_blocks, kv_heads, width // unit, block_size, unit), (
-        num_blocks,
+    return (kv_heads, num_blocks, width // unit, block_size, unit), (
         kv_heads,
+        num_blocks,
         block_size // unit,
         width,
         unit,
@@ -194,6 +194,7 @@ def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tenso
 
     Caches as in `kv_cache_shapes`; `keys`, `values` [T, G, D]; `slots` [T] are block * block_size + offset.
     """
+    key_cache, value_cache = key_cache.transpose(0, 1), value_cache.transpose(0, 1)
     block_size, rows, head_dim = key_cache.shape[3], value_cache.shape[4], keys.shape[2]
     blocks, offsets = slots // block_size, slots % block_size
     quads, tokens = offsets // rows, offsets % rows
@@ -209,6 +210,7 @@ def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tenso
 
 def read_kv(key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """What `write_kv` stored in `slots` [T]: keys and values [T, G, D], float32 where the cache is int8."""
+    key_cache, value_cache = key_cache.transpose(0, 1), value_cache.transpose(0, 1)
     block_size, rows, head_dim = key_cache.shape[3], value_cache.shape[4], cached_head_dim(value_cache)
     blocks, offsets = slots // block_size, slots % block_size
     quads, tokens = offsets // rows, offsets % rows
@@ -234,7 +236,7 @@ def rotate_and_store(
     `qkv` [T, (N + 2G) * D] are all of a token's heads: queries, keys, values. Tables [T, D], `slots` [T] and caches as
     in `apply_rotary` and `write_kv`.
     """
-    kv_heads, head_dim = value_cache.shape[1], cached_head_dim(value_cache)
+    kv_heads, head_dim = value_cache.shape[0], cached_head_dim(value_cache)
     heads = qkv.view(qkv.shape[0], qkv.shape[1] // head_dim, head_dim)
     rotated = apply_rotary(heads[:, :-kv_heads], cosines, signed_sines)
     write_kv(key_cache, value_cache, rotated[:, -kv_heads:], heads[:, -kv_heads:], slots)

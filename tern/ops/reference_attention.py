@@ -119,7 +119,7 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
     values. Query head n reads key/value head n // (N / G). Slots outside a context are never read into a result.
     """
     output = torch.zeros_like(queries)
-    kv_heads, head_dim = value_cache.shape[1], queries.shape[2]
+    kv_heads, head_dim = value_cache.shape[0], queries.shape[2]
     for group in plan.groups:
         sequences, rows = group.rows.shape
         chosen = queries[group.rows.flatten()].float() / math.sqrt(head_dim)

@@ -31,8 +31,8 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_kv() -> KVCache:
     """Two layers, one head; every block holds its own number."""
-    numbers = torch.arange(float(BLOCKS)).view(1, BLOCKS, 1, 1, 1)
-    return KVCache(numbers.repeat(2, 1, 1, 3, 4), numbers[..., 0].repeat(2, 1, 3, 4)[:, :, None] + 0.5)
+    numbers = torch.arange(float(BLOCKS)).view(1, 1, BLOCKS, 1, 1, 1).repeat(2, 1, 1, 3, 4, 1)
+    return KVCache(numbers, numbers + 0.5)
 
 
 def make_files(directory: Path) -> BlockFiles:
@@ -56,11 +56,11 @@ def kept(directory: Path, contents: list[CachedBlock]) -> list[float | None]:
     cache = DiskCache(kv, make_files(directory))
     found: list[float | None] = []
     for content in contents:
-        kv.keys[:, 7], kv.values[:, 7] = -1, -1
+        kv.keys[:, :, 7], kv.values[:, :, 7] = -1, -1
         hit = cache.restore([(7, content)])
-        found.append(float(kv.keys[0, 7, 0, 0, 0]) if hit else None)
-        assert bool((kv.keys[:, 7] == (found[-1] if hit else -1)).all())
-        assert bool((kv.values[:, 7] == (found[-1] + 0.5 if found[-1] is not None else -1)).all())
+        found.append(float(kv.keys[0, 0, 7, 0, 0, 0]) if hit else None)
+        assert bool((kv.keys[:, :, 7] == (found[-1] if hit else -1)).all())
+        assert bool((kv.values[:, :, 7] == (found[-1] + 0.5 if found[-1] is not None else -1)).all())
     cache.close()
     return found
 
@@ -132,7 +132,7 @@ def test_a_chain_is_read_up_to_its_first_gap_and_not_beyond(tmp_path: Path, miss
     assert count == (20 if missing is None else missing)
     for place in range(BLOCKS):
         filled = [number % BLOCKS for number in range(count) if places[number] == place]
-        assert float(kv.keys[1, place, 0, 2, 3]) == (filled[-1] if filled else -1)
+        assert float(kv.keys[1, 0, place, 2, 3, 0]) == (filled[-1] if filled else -1)
 
 
 def test_behind_a_damaged_block_all_are_written_again_once(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_queued_block_that_is_reused_keeps_its_content(tmp_path: Path) -> None
     with held(tmp_path, kv) as (cache, _):
         offer(cache, chain(4))
         cache.rescue(chain(3)[1:])
-        kv.keys[:, :3] = kv.values[:, :3] = 99
+        kv.keys[:, :, :3] = kv.values[:, :, :3] = 99
         cache.rescue(chain(4))  # once more: what is safe is not copied again
     assert kept(tmp_path, chain(4)) == [0, 1, 2, 3]
     assert cache._aside_bytes == 0

@@ -27,14 +27,14 @@ def test_a_blocks_bytes_go_out_and_in(dtype: torch.dtype, extra: int, block: int
     source, target = cache(dtype, extra=extra), cache(dtype, extra=extra)
     target.keys.zero_()
     target.values.zero_()
-    expected = sum(part[:, block].numel() * dtype.itemsize for part in (source.keys, source.values))
+    expected = sum(part[:, :, block].numel() * dtype.itemsize for part in (source.keys, source.values))
     content = memoryview(bytearray(source.block_bytes))
     assert source.block_bytes == expected == len(content)
     source.copy_block(block, content)
-    in_order = [part[:, block].contiguous().view(torch.uint8) for part in (source.keys, source.values)]
+    in_order = [part[:, :, block].contiguous().view(torch.uint8) for part in (source.keys, source.values)]
     assert bytes(content) == b"".join(part.numpy().tobytes() for part in in_order)
     target.fill_block(block, content)
     for filled, original in ((target.keys, source.keys), (target.values, source.values)):
-        assert torch.equal(filled[:, block], original[:, block])
+        assert torch.equal(filled[:, :, block], original[:, :, block])
         others = [number for number in range(BLOCKS) if number != block]
-        assert not filled[:, others].any()
+        assert not filled[:, :, others].any()

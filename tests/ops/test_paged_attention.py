@@ -215,7 +215,7 @@ def test_a_number_that_is_none_shows_in_its_rows_alone(by: str, dtype: torch.dty
     case.queries[3] = math.nan
     found = case.actual(by).isfinite().flatten(1).all(1)
     assert found.tolist() == [row != 3 for row in range(22)]
-    case.keys[case.tables[2, 0]] = -1 if dtype == torch.int8 else math.nan  # of the last sequence
+    case.keys[:, case.tables[2, 0]] = -1 if dtype == torch.int8 else math.nan  # of the last sequence
     assert case.actual(by)[-1].isnan().all()
     assert case.actual(by)[:3].isfinite().all()
 

@@ -67,7 +67,7 @@ def rotate_and_store(
     """As `tern.ops.reference.rotate_and_store`."""
     qkv, slots = qkv.contiguous(), slots.contiguous()
     tables = (cosines.contiguous(), signed_sines.contiguous())
-    kv_heads, head_dim = value_cache.shape[1], cached_head_dim(value_cache)
+    kv_heads, head_dim = value_cache.shape[0], cached_head_dim(value_cache)
     if any(table.shape != (qkv.shape[0], head_dim) or table.dtype != torch.float32 for table in tables):
         raise ValueError(f"rotary tables must be float32 [{qkv.shape[0]}, {head_dim}]")
     if slots.shape != qkv.shape[:1] or slots.dtype != torch.int64:
@@ -94,7 +94,7 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
 
 def _cache(key_cache: Tensor, value_cache: Tensor) -> _kernels.Cache:
     """One layer's cache, whose memory must lie in one piece."""
-    blocks, kv_heads, _, block_size, _ = key_cache.shape
+    kv_heads, blocks, _, block_size, _ = key_cache.shape
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()) or key_cache.numel() != value_cache.numel():
         raise ValueError("a layer's keys and values must be contiguous and of one size")
     if key_cache.dtype != value_cache.dtype or not can_attend(value_cache):
