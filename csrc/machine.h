@@ -13,6 +13,11 @@
 
 namespace tern {
 
+constexpr std::int64_t kRowsAPiece = 8;       // of what is done row by row
+constexpr std::int64_t kLittleWork = 200000;  // products that one thread has done before another one is awake
+
+static inline std::int64_t pieces(std::int64_t total, std::int64_t size) { return (total + size - 1) / size; }
+
 enum class FloatType { f32, bf16 };
 
 // Rows of floats that lie one behind the other, `width` in each.
@@ -119,6 +124,9 @@ class Machine {
     // order of the experts' numbers, plus the shared one. `chosen` [rows, per_token] are below the experts' count.
     void mix_experts(const Rows& x, const float* weights, const std::int64_t* chosen, std::int64_t per_token,
                      const Experts& experts, const Rows& output);
+
+    // output [rows, width / 2] = silu(gate) * up of rows [gate | up], both factors rounded to the rows' type.
+    void silu_mul(const Rows& gate_up, const Rows& output);
 
     // residual = residual + delta (null: nothing), normed = residual / rms(residual) * weight, rounded to the rows' type
     // after each step. `weight` is one row.

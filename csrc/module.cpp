@@ -197,6 +197,12 @@ NB_MODULE(_kernels, m) {
             const nb::gil_scoped_release released;
             self.pack(weight, bits, parts, at<std::uint8_t>(values), at<std::uint8_t>(factors), at<float>(scales));
         }, nb::arg("weight"), nb::arg("bits"), nb::arg("parts"), nb::arg("values"), nb::arg("factors"), nb::arg("scales"))
+        .def("silu_mul", [](Machine& self, const Rows& gate_up, const Rows& output) {
+            demand(gate_up.count == output.count && gate_up.width == 2 * output.width && gate_up.type == output.type,
+                   "the output is not half of the rows");
+            const nb::gil_scoped_release released;
+            self.silu_mul(gate_up, output);
+        }, nb::arg("gate_up"), nb::arg("output"))
         .def("add_rms_norm", [](Machine& self, const Rows* delta, const Rows& residual, const Rows& weight, float eps,
                                 const Rows& normed, const Rows& new_residual) {
             const auto alike = [&](const Rows& r) {

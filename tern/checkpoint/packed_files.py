@@ -90,7 +90,7 @@ def write_packed(
                     write_tensors(path, _tensors(parameters(names)))
                 entries = read_entries(path)
                 weight_map |= {entry.name: path.name for entry in entries}
-                checksums |= _checksums(entries)
+                checksums |= _checksums(entries, MappedFiles())
                 advance(2 * sum(math.prod(shapes[name]) for name in names))
         _finish(source, destination, bits, weight_map, checksums)
     except OSError as error:
@@ -200,18 +200,19 @@ def load_packed(
 ) -> dict[str, ops.Weight]:
     """The parameters of a packed checkpoint, mapped where they lie; norms and the embedding in `dtype`, if given.
 
-    Every tensor is compared with its checksum, which also brings it into memory. Raises `CheckpointError` that lists
+    Every tensor is compared with its checksum, by the mapping that the kernels will read, so that no step has to wait
+    for a page to be mapped. Raises `CheckpointError` that lists
     all that is missing, misshapen or damaged.
     """
     problems = Problems()
     entries = {entry.name: entry for entry in take_inventory(source.directory, problems).entries}
     expected = _expected(source.config, bits, entries)
     _compare(entries, expected, problems)
+    files = MappedFiles()
     if not problems:
-        _verify(source, list(entries.values()), problems, progress)
+        _verify(source, list(entries.values()), files, problems, progress)
     if problems:
         problems.fail(source.directory)
-    files = MappedFiles()
     wide = float32_parameters(source.config)
     tensors: dict[str, ops.Weight] = {}
     for name, shape in packed_shapes(parameter_shapes(source.config), source.config).items():
@@ -268,7 +269,9 @@ def _compare(
         problems.add("surplus", f"{name} has no place in the network of config.json")
 
 
-def _verify(source: ModelSource, entries: list[TensorEntry], problems: Problems, progress: bool) -> None:
+def _verify(
+    source: ModelSource, entries: list[TensorEntry], files: MappedFiles, problems: Problems, progress: bool
+) -> None:
     """Compare every tensor with its checksum."""
     metadata = read_json_object(source.directory / INDEX_FILE).get("metadata")
     noted = metadata.get(CHECKSUMS) if isinstance(metadata, dict) else None
@@ -277,15 +280,16 @@ def _verify(source: ModelSource, entries: list[TensorEntry], problems: Problems,
         return
     total = sum(entry.nbytes for entry in entries)
     with byte_progress(f"Checking {source.name}", total, enabled=progress) as advance:
-        for name, checksum in _checksums(entries, advance).items():
+        for name, checksum in _checksums(entries, files, advance).items():
             if noted.get(name) != checksum:
                 entry = next(entry for entry in entries if entry.name == name)
                 problems.add("damaged file", f"{name} in {entry.path.name} is not what was written; pack it again")
 
 
-def _checksums(entries: list[TensorEntry], advance: Callable[[int], None] = lambda _: None) -> dict[str, str]:
+def _checksums(
+    entries: list[TensorEntry], files: MappedFiles, advance: Callable[[int], None] = lambda _: None
+) -> dict[str, str]:
     """The checksum of every tensor, read on several threads."""
-    files = MappedFiles()
     views = {entry.name: files.tensor(entry) for entry in entries}
 
     def checksum(entry: TensorEntry) -> str:

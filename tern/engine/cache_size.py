@@ -73,11 +73,12 @@ def resolve_num_blocks(
         )
     if blocks < needed:
         fits = blocks * options.block_size
+        smaller = "" if options.kv_cache_dtype == "int8" else ", or choose kv_cache_dtype int8, which takes about half"
         shorter = f"set max_model_len to at most {fits}, or " if fits > 1 else ""
         raise OptionError(
             f"A sequence of {max_model_len} tokens needs {needed} cache blocks ({_megabytes(needed * block_bytes)}), "
             f"but {source} gives {blocks} ({_megabytes(blocks * block_bytes)}): "
-            f"{shorter}give the cache more memory."
+            f"{shorter}give the cache more memory{smaller}."
         )
     return blocks
 

@@ -73,7 +73,12 @@ def swiglu(x: Tensor, layer: SwiGLUWeights) -> Tensor:
     """down(silu(gate(x)) * up(x)): `x` [T, in] -> [T, out]. Both weights are packed or neither."""
     if isinstance(layer.gate_up, PackedWeight):
         return cpu.swiglu_packed(x, layer)
-    return reference.swiglu(x, layer)
+    return reference.swiglu(x, layer, _gated(x))
+
+
+def _gated(x: Tensor) -> reference.Gated:
+    # torch rounds an element at the end of a thread's share otherwise than one in the middle.
+    return cpu.silu_mul if cpu.can_norm(x) else reference.silu_mul
 
 
 def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -99,7 +104,7 @@ def mix_experts(
     if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
         return cpu.mix_experts_packed(x, weights, experts, gate_up, down, shared)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        return reference.mix_experts(x, weights, experts, gate_up, down, shared)
+        return reference.mix_experts(x, weights, experts, gate_up, down, shared, _gated(x))
     raise TypeError("the experts' weights are packed as a whole or not at all")
 
 

@@ -10,12 +10,17 @@ product is rounded (see `pad_rows`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from tern.ops.rounding import round_to_bytes
 from tern.ops.swiglu import SwiGLUWeights
+
+Gated = Callable[[Tensor], Tensor]
+"""Something that computes `silu_mul`."""
 
 # A float32 product with fewer rows than this is computed with rows of padding: see `pad_rows`.
 _STABLE_ROWS = 16
@@ -100,11 +105,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def swiglu(x: Tensor, layer: SwiGLUWeights) -> Tensor:
-    """down(silu(gate(x)) * up(x)): `x` [T, in] -> [T, out]."""
+def swiglu(x: Tensor, layer: SwiGLUWeights, gated: Gated = silu_mul) -> Tensor:
+    """down(silu(gate(x)) * up(x)): `x` [T, in] -> [T, out]. `gated` is what computes `silu_mul`."""
     assert isinstance(layer.gate_up, Tensor)
     assert isinstance(layer.down, Tensor)
-    return linear(silu_mul(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+    return linear(gated(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
 
 
 def route(
@@ -122,13 +127,19 @@ def route(
 
 
 def mix_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, shared: SwiGLUWeights | None = None
+    x: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    shared: SwiGLUWeights | None = None,
+    gated: Gated = silu_mul,
 ) -> Tensor:
     """The weighted sum of each token's experts, SwiGLUs without bias, plus the shared expert -> [T, H] like `x`.
 
     `x` [T, H], `weights` [T, K] float32, `experts` [T, K], `gate_up` [E, 2I, H], `down` [E, H, I]. Tokens are sorted by
     expert once, and only the experts that a token chose are read. A token's terms are added in float32, in the order
-    of the experts' numbers.
+    of the experts' numbers. `gated` is what computes `silu_mul`.
     """
     order = experts.flatten().argsort(stable=True)
     tokens = order // experts.shape[1]
@@ -141,11 +152,11 @@ def mix_experts(
         if count == 0:
             continue
         rows = slice(start, start + count)
-        output = linear(silu_mul(linear(inputs[rows], gate_up[expert])), down[expert])
+        output = linear(gated(linear(inputs[rows], gate_up[expert])), down[expert])
         mixed.index_add_(0, tokens[rows], output.float() * row_weights[rows])
         start += count
     routed = mixed.to(x.dtype)
-    return routed if shared is None else routed + swiglu(x, shared)
+    return routed if shared is None else routed + swiglu(x, shared, gated)
 
 
 def kv_cache_shapes(

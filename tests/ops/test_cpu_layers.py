@@ -41,6 +41,17 @@ def test_add_rms_norm(kernels: str, rows: int, width: int, dtype: torch.dtype) -
         assert (normed != expected).float().mean() < (1 if dtype == torch.float32 else 0.01) or rows == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (3, 33), (20, 96), (9, 1536)])
+def test_silu_mul(kernels: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    gate_up = (noise(rows, 2 * width) * 4).to(dtype)
+    found = cpu.silu_mul(gate_up)
+    assert_close(
+        found.float(), reference.silu_mul(gate_up).float(), tolerance=1e-6 if dtype == torch.float32 else 2**-8
+    )
+    assert all(torch.equal(cpu.silu_mul(gate_up[row:]), found[row:]) for row in range(rows)), kernels
+
+
 def test_a_norm_of_rows_with_nan_stays_in_them(kernels: str) -> None:
     residual = noise(5, 40)
     residual[2, 7] = math.nan
@@ -94,7 +105,7 @@ def check_rotate_and_store(
 ) -> None:
     heads, kv_heads, head_dim = 6, 2, 32
     qkv = noise(rows, (heads + 2 * kv_heads) * head_dim).to(dtype)
-    positions = torch.arange(rows) * 9973
+    positions = torch.arange(rows) * 12_973  # up to 129 730
     tables = reference.rotary_table(positions, reference.rotary_frequencies(head_dim, 5e5, torch.device("cpu")))
     slots = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:rows]
     shapes = reference.kv_cache_shapes(-(-40 // block_size), block_size, kv_heads, head_dim, cache_dtype)

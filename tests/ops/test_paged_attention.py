@@ -152,6 +152,12 @@ def test_any_step_by_kernels(data: st.DataObject, block_size: int, seed: int, dt
             assert_close(case.actual(name).float(), case.expected(), tolerance=TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_context_of_full_length(by: str, dtype: torch.dtype) -> None:
+    case = Case([(1, 131_072), (3, 131_071)], block_size=16, kv_heads=1, group=2, dtype=dtype)
+    assert_close(case.actual(by).float(), case.expected(), tolerance=TOLERANCES[dtype])
+
+
 def test_more_decodes_than_one_group_holds(by: str) -> None:
     case = Case([(1, 1 + (7 * index) % 20) for index in range(150)])
     assert_close(case.actual(by), case.expected(), tolerance=2e-6)

@@ -203,4 +203,4 @@ def test_write_kv_into_one_layer_of_a_cache_of_another_type() -> None:
     values = torch.zeros(reference.kv_cache_shapes(2, 4, 1, 2, torch.bfloat16)[1], dtype=torch.bfloat16)
     reference.write_kv(cache[1], values, torch.full((1, 1, 2), 0.1), torch.ones(1, 1, 2), torch.tensor([5]))
     assert cache[0].count_nonzero() == 0
-    assert torch.equal(cache[1, 1, 0, 0, 1], torch.full((2,), 0.1).bfloat16())
+    assert torch.equal(cache[1, 0, 1, 0, 1], torch.full((2,), 0.1).bfloat16())

@@ -8,6 +8,7 @@ from tern.ops.cpu.layers import (
     paged_attention,
     rotate_and_store,
     route,
+    silu_mul,
 )
 from tern.ops.cpu.machine import (
     FORCE_ISA,
@@ -44,6 +45,7 @@ __all__ = [
     "paged_attention",
     "rotate_and_store",
     "route",
+    "silu_mul",
     "swiglu_packed",
     "usable_processors",
     "use_machine",

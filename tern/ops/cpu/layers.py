@@ -47,6 +47,14 @@ def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: fl
     return normed, new_residual
 
 
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """As `tern.ops.reference.silu_mul`; how a row is rounded does not depend on where threads share the rows out."""
+    gate_up = gate_up.contiguous()
+    output = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    machine().silu_mul(as_rows(gate_up), as_rows(output))
+    return output
+
+
 def route(
     x: Tensor, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
 ) -> tuple[Tensor, Tensor]:
