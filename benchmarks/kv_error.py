@@ -2,8 +2,8 @@
 
     python -m benchmarks.kv_error --model DIR --text FILE
 
-The whole text is read once with each cache. Stated are the relative error of the last hidden states, the mean divergence
-of the next token's distribution in nats, and how often the likeliest token is the same.
+The whole text is read once with each cache. Stated are the relative error of the last hidden states, the mean
+divergence of the next token's distribution in nats, and how often the likeliest token is the same.
 """
 
 from __future__ import annotations
