@@ -79,6 +79,7 @@ def load_tensors(
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype}: networks run in bfloat16, float16 or float32.")
     device = torch.device(device)
+    ops.prepare(device)
     if source.stored_bits is not None:
         check_quantization(f"wint{source.stored_bits}", device)
         if quantization not in (None, f"wint{source.stored_bits}"):

@@ -5,6 +5,7 @@ norms and routing in float32 and bfloat16, attention over int8 caches. Everythin
 weights, is the reference in plain torch.
 """
 
+import torch
 from torch import Tensor
 
 from tern.ops import cpu, reference, reference_attention, reference_packed, reference_sampling
@@ -41,6 +42,7 @@ __all__ = [
     "packed_shapes",
     "paged_attention",
     "plan_attention",
+    "prepare",
     "rms_norm",
     "rotary_frequencies",
     "rotary_table",
@@ -53,6 +55,15 @@ __all__ = [
 
 AttentionPlan = cpu.SequencesPlan | reference_attention.AttentionPlan
 """How one step's queries meet the cache; the same for every layer, so it is made once a step."""
+
+
+def prepare(device: torch.device) -> None:
+    """Start what computes on `device`, so that a wish that the machine cannot grant is known before any work.
+
+    Raises `OptionError` if the environment asks for an instruction set or a number of threads that there is not.
+    """
+    if device.type == "cpu":
+        cpu.machine()
 
 
 def pack(weight: Tensor, bits: int, parts: int = 1) -> PackedWeight:

@@ -137,13 +137,19 @@ def test_a_directory_is_advised_as_it_can_be_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"), [("TERN_NUM_THREADS", "99999", "may use"), ("TERN_FORCE_ISA", "sse9", "no such kernels")]
 )
+@pytest.mark.parametrize("command", [("doctor",), ("generate", "hello"), ("bench",)], ids=" ".join)
 def test_settings_that_cannot_be_are_one_sentence(
-    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    value: str,
+    said: str,
+    command: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(name, value)
     default_machine = import_module("tern.ops.cpu.machine")._default_machine
     monkeypatch.setattr(cpu, "machine", default_machine.__wrapped__)  # what a new process would choose
-    assert tern("doctor") == 2
+    assert tern(*command) == 2
     shown = capsys.readouterr().err
     assert shown.startswith(f"tern: {name} is")
     assert said in shown
