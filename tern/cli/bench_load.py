@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _COLUMNS = ("rate", "answered", "failed", "req/s", "tok/s")
+_SPREAD_WIDTH = 32  # three numbers such as 0.000123 and what stands between them
 _SPREADS = ("first token", "inter-token", "per token", "end to end")
 
 
@@ -100,13 +101,17 @@ def _shown(plan: LoadPlan, *, table: bool) -> Iterator[LoadEvents]:
 
 def _heading() -> str:
     counts = "".join(f"{name:>10}" for name in _COLUMNS)
-    return counts + "".join(f"{name:>27}" for name in _SPREADS) + "\n" + " " * 50 + "         p50 / p90 / p99, s" * 4
+    spreads = "".join(f"{name:>{_SPREAD_WIDTH}}" for name in _SPREADS)
+    units = f"{'p50 / p90 / p99, s':>{_SPREAD_WIDTH}}" * len(_SPREADS)
+    return f"{counts}{spreads}\n{'':{len(counts)}}{units}"
 
 
 def _print_row(result: RateResult) -> None:
     counts = f"{result.label:>10}{result.answered:>10}{result.failed:>10}{result.requests_per_s:>10.3g}"
     spreads = (result.first_token, result.inter_token, result.per_token, result.end_to_end)
-    typer.echo(f"{counts}{result.output_tokens_per_s:>10.1f}" + "".join(f"{_spread(each):>27}" for each in spreads))
+    typer.echo(
+        f"{counts}{result.output_tokens_per_s:>10.1f}" + "".join(f"{_spread(each):>{_SPREAD_WIDTH}}" for each in spreads)
+    )
     for sentence, count in result.failures.items():
         typer.echo(f"{'':10}{count} failed: {sentence}")
 
