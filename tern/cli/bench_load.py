@@ -109,9 +109,8 @@ def _heading() -> str:
 def _print_row(result: RateResult) -> None:
     counts = f"{result.label:>10}{result.answered:>10}{result.failed:>10}{result.requests_per_s:>10.3g}"
     spreads = (result.first_token, result.inter_token, result.per_token, result.end_to_end)
-    typer.echo(
-        f"{counts}{result.output_tokens_per_s:>10.1f}" + "".join(f"{_spread(each):>{_SPREAD_WIDTH}}" for each in spreads)
-    )
+    columns = "".join(f"{_spread(each):>{_SPREAD_WIDTH}}" for each in spreads)
+    typer.echo(f"{counts}{result.output_tokens_per_s:>10.1f}{columns}")
     for sentence, count in result.failures.items():
         typer.echo(f"{'':10}{count} failed: {sentence}")
 
