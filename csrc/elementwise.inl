@@ -192,7 +192,7 @@ float weights(float* logits, std::int64_t count, float peak, float temperature, 
     const float none = -__builtin_inff();
     for (std::int64_t i = 0; i < count; ++i) {
         const float score = (logits[i] - peak) / temperature;
-        logits[i] = score < floor ? none : score;
+        logits[i] = score >= floor ? score : none;  // NaN is left out, so that scores can be sorted
         weights[i] = logits[i] > -87.0f ? exp_of_negative(logits[i]) : 0.0f;
     }
     return sum_of(weights, count);

@@ -84,3 +84,14 @@ def test_no_rows_and_bad_draws(kernels: str) -> None:
     one = some_draws(random.Random(0), 1, 5)
     with pytest.raises(ValueError, match="a draw for each row"):
         cpu.draw(torch.zeros(2, 5), torch.zeros(2), one)
+
+
+def test_logits_that_are_none_are_never_drawn(kernels: str) -> None:
+    """The engine ends such rows before; the kernels must not be led astray by one all the same."""
+    logits = noise(40, 700)
+    logits[:, ::3] = math.nan
+    peaks = logits.nan_to_num(nan=-math.inf).amax(1)
+    for draws in (some_draws(random.Random(1), 40, 700), some_draws(random.Random(2), 40, 700)):
+        ids = cpu.draw(logits.clone(), peaks, draws)
+        assert (ids % 3 != 0).all(), kernels
+        assert ((ids >= 0) & (ids < 700)).all()
