@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tern.errors import InvalidRequestError
+from tern.errors import ContextLengthError, InvalidRequestError
 from tern.server.body import JsonObject
 from tern.server.chat_plan import Asked, read_chat
 from tern.server.schemas.chat import ChatRequest
@@ -43,7 +43,10 @@ class Translation:
         text = self._sent(str(error))
         for limit in LIMITS & self.names.keys():  # a complaint may speak of it without blaming it
             text = text.replace(limit, self.names[limit])
-        return InvalidRequestError(text, param=error.param and self._sent(error.param), code=error.code)
+        place = error.param and self._sent(error.param)
+        if isinstance(error, ContextLengthError):
+            return ContextLengthError(text, param=place)
+        return InvalidRequestError(text, param=place, code=error.code)
 
     def _sent(self, text: str) -> str:
         """The text with the place at its beginning, if one stands there, under the sender's name."""

@@ -1,4 +1,4 @@
-"""The request of POST /v1/responses. Knows OpenAI's fields and vLLM's sampling; what items are, `response_input` knows."""
+"""The request of POST /v1/responses. Knows its fields and vLLM's sampling; what items are, `response_input` knows."""
 
 from __future__ import annotations
 
