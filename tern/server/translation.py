@@ -124,9 +124,8 @@ class Toolbox:
     def offer(self, tool: Mapping[str, Any], place: str, schema_name: str) -> None:
         """A tool whose sender has its parts side by side, the schema of its arguments under `schema_name`."""
         path = f"tools[{len(self.tools)}]"
-        function = {key: tool[key] for key in ("name", "description", "strict") if tool.get(key) is not None}
-        if tool.get(schema_name) is not None:
-            function["parameters"] = tool[schema_name]
+        parts = {"name": "name", "description": "description", "parameters": schema_name, "strict": "strict"}
+        function = {part: tool[key] for part, key in parts.items() if tool.get(key) is not None}
         self.tools.append({"type": "function", "function": function})
         self.names |= {
             path: place,
