@@ -103,8 +103,8 @@ def test_errors_of_messages_become_exceptions(server: Live, client: anthropic.An
         client.messages.create(**{**ASKED, "messages": []})
     with pytest.raises(anthropic.NotFoundError, match="claude"):
         client.messages.create(**{**ASKED, "model": "claude"})
-    with pytest.raises(anthropic.BadRequestError, match="prompt is too long: [0-9]+ tokens > 2047 maximum"):
-        client.messages.create(**{**ASKED, "messages": [{"role": "user", "content": "weather " * 1000}]})
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: [0-9]+ tokens > 2047 maximum"):
+        client.messages.create(**{**ASKED, "messages": [{"role": "user", "content": "weather " * 3000}]})
     server.engine.queue_limit = 0
     with pytest.raises(anthropic.RateLimitError):
         client.messages.create(**ASKED)
