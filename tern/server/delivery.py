@@ -57,7 +57,11 @@ async def deliver(
         return EventStream(generation, _events(writer, generation, state.options.keep_alive_seconds), writer.failed)
     async with generation:
         updates = await while_connected(http.receive, generation.all_updates())
-    return JSONResponse(await state.offload.run(len(updates), writer.whole, updates))
+    return await state.offload.run(len(updates), _written, writer, updates)
+
+
+def _written(writer: AnswerWriter, updates: Sequence[Update]) -> Response:
+    return JSONResponse(writer.whole(updates))  # which writes the JSON here, not on the loop
 
 
 async def _events(writer: AnswerWriter, generation: Generation, silence: float) -> AsyncIterator[bytes]:

@@ -30,9 +30,10 @@ EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}
 ELSEWHERE: Mapping[str, str] = {
     "max_tokens": "write max_output_tokens",
     "n": "send the request several times",
+    "response_format": "write text.format",
     "return_token_ids": "ask /v1/chat/completions for token ids",
 }
-"""Fields of sampling that other families have."""
+"""Fields that other families have."""
 
 KEPT_NOWHERE = "answers are not kept here: send the earlier items in input"
 
