@@ -161,7 +161,7 @@ class _HeldTokens:
         """The tokens of a text's piece; they and all before them are held no longer."""
         pieces = [self._bytes(token.token_id) for token in self._tokens]
         wanted = b"" if isinstance(event, ToolCallDelta) else event.text.encode()
-        start = b"".join(pieces).find(wanted) if wanted else -1
+        start = _behind_tags(b"".join(pieces), wanted) if wanted else -1
         if start < 0:  # a call is not written as it is sent, and half a character is not the bytes it was
             taken, self._tokens = self._tokens, []
             return taken if isinstance(event, ContentDelta) else []
@@ -173,3 +173,14 @@ class _HeldTokens:
             end += len(piece)
         taken, self._tokens = self._tokens[first:last], self._tokens[last:]
         return taken if isinstance(event, ContentDelta) else []
+
+
+def _behind_tags(written: bytes, wanted: bytes) -> int:
+    """Where `wanted` stands: behind the last tag if it does, since the letters of a tag may be those of a text."""
+    end = len(written)
+    while True:
+        tag = written.rfind(b">", 0, end)
+        found = written.find(wanted, tag + 1)
+        if found >= 0 or tag < 0:
+            return found
+        end = tag

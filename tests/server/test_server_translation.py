@@ -6,7 +6,7 @@ import json
 from functools import partial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tern.chat import ChatProtocol, ContentDelta, ReasoningDelta, ResponseParser, TextStream, ToolCallDelta
@@ -14,7 +14,12 @@ from tern.engine import Finish, FinishReason, GeneratedToken
 from tern.errors import ContextLengthError, InvalidRequestError
 from tern.server.logprobs import token_bytes
 from tern.server.message_answers import arguments_of
+from tern.server.message_input import as_chat as messages_as_chat
 from tern.server.parts import Closed, Grown, Opened, Part, PartKind, PartReader, Step
+from tern.server.response_input import as_chat as responses_as_chat
+from tern.server.schemas.fields import read_fields
+from tern.server.schemas.messages import MessagesRequest
+from tern.server.schemas.responses import ResponsesRequest
 from tern.server.sink import Ending, Update
 from tern.server.translation import Conversation, Translation
 from tern.server.volatile_lines import without_volatile_lines
@@ -96,6 +101,8 @@ def test_which_part_is_cut(kind: PartKind, reason: FinishReason, inside_call: bo
 
 
 @settings(deadline=None)
+@example("i0")  # letters of </think>
+@example("a > b")
 @given(st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1).filter(str.strip))
 def test_a_text_s_tokens_spell_it(protocol: ChatProtocol, text: str) -> None:
     """Except at its ends, where a token may hold a tag's end or framing too."""
@@ -198,3 +205,34 @@ def test_volatile_lines_are_those_at_the_beginning(text: str, kept: str) -> None
 )
 def test_arguments_as_an_object(text: str, value: object) -> None:
     assert arguments_of(text) == value
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+def test_forms_and_forced_calls_become_the_chat_s() -> None:
+    tool = {"type": "function", "name": "f", "parameters": SCHEMA, "strict": True}
+
+    def responses(**fields: object) -> dict[str, object]:
+        return responses_as_chat(read_fields(ResponsesRequest, {"input": "x", "tools": [tool], **fields})).fields
+
+    def messages(**fields: object) -> dict[str, object]:
+        tools = [{"name": "f", "input_schema": SCHEMA, "strict": True}]
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9, "tools": tools, **fields}
+        return messages_as_chat(read_fields(MessagesRequest, body), drop_volatile_lines=True).fields
+
+    named = {"type": "function", "function": {"name": "f"}}
+    assert responses(tool_choice="required")["tool_choice"] == "required"
+    assert responses(tool_choice={"type": "function", "name": "f"})["tool_choice"] == named
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}
+    assert responses(tool_choice=allowed)["tool_choice"] == "required"
+    assert messages(tool_choice={"type": "any"})["tool_choice"] == "required"
+    assert messages(tool_choice={"type": "tool", "name": "f"})["tool_choice"] == named
+    assert responses()["tools"] == messages()["tools"]
+    asked = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+    assert responses(text={"format": asked})["response_format"] == form
+    assert responses(text={"format": {"type": "json_object"}})["response_format"] == {"type": "json_object"}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
+    asked = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    assert messages(output_config=asked)["response_format"] == form
