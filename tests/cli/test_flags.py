@@ -9,6 +9,7 @@ import pytest
 from tern.cli import app, help_pages, main
 from tern.cli.flags import IGNORED_FLAGS, check_parallelism, check_parser, with_dashes, without_ignored
 from tern.errors import OptionError
+from tern.server import ServerOptions
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -110,3 +111,14 @@ def test_each_help_fits_a_screen() -> None:
 
 def test_the_documented_help_is_current() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == help_pages.render(), "run `make docs`"
+
+
+@pytest.mark.parametrize(("flags", "dropped"), [([], True), (["--keep-volatile-lines"], False)])
+def test_volatile_lines_are_dropped_unless_kept(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], dropped: bool
+) -> None:
+    given: list[ServerOptions] = []
+    monkeypatch.setattr("tern.cli.serve._open_and_run", lambda *arguments: given.append(arguments[-1]))
+    with pytest.raises(SystemExit):
+        main(["serve", *flags])
+    assert [options.drop_volatile_lines for options in given] == [dropped]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -147,6 +148,53 @@ def test_the_openai_client_streams(client: openai.OpenAI) -> None:
     assert usage is not None
     assert usage.completion_tokens_details is not None
     assert 0 < (usage.completion_tokens_details.reasoning_tokens or 0) < usage.completion_tokens
+
+
+def test_the_openai_client_drives_a_tool_loop_over_responses(client: openai.OpenAI) -> None:
+    model, tools = client.models.list().data[0].id, [{"type": "function", **WEATHER_TOOL["function"]}]
+    items: list[Any] = list(WEATHER["messages"])
+    with client.responses.stream(model=model, input=items, tools=tools, temperature=0) as stream:  # type: ignore[arg-type]
+        asked: Any = stream.get_final_response()
+    whole: Any = client.responses.create(model=model, input=items, tools=tools, temperature=0)  # type: ignore[arg-type]
+    assert (
+        [item.type for item in asked.output] == [item.type for item in whole.output] == ["reasoning", "function_call"]
+    )
+    assert asked.output[0].content[0].text == whole.output[0].content[0].text
+    call = asked.output[1]
+    _assert_weather_call(call.name, call.arguments)
+    result = json.dumps({"temperature": 23, "unit": "c", "condition": "sunny"})
+    items += [*asked.output, {"type": "function_call_output", "call_id": call.call_id, "output": result}]
+    answered = client.responses.create(model=model, input=items, tools=tools, temperature=0)  # type: ignore[arg-type]
+    assert answered.status == "completed"
+    assert "23" in answered.output_text
+
+
+def test_the_anthropic_client_drives_a_tool_loop(server: Server, client: openai.OpenAI) -> None:
+    function = WEATHER_TOOL["function"]
+    tool = {"name": function["name"], "description": function["description"], "input_schema": function["parameters"]}
+    fields: dict[str, Any] = {
+        "model": client.models.list().data[0].id,
+        "max_tokens": 1000,
+        "tools": [tool],
+        "thinking": {"type": "adaptive"},
+    }
+    messages: list[Any] = list(WEATHER["messages"])
+    with anthropic.Anthropic(base_url=server.url, api_key="none", timeout=120) as claude:
+        with claude.messages.stream(**fields, messages=messages) as stream:
+            asked: Any = stream.get_final_message()
+        thought, call = asked.content
+        assert (thought.type, asked.stop_reason) == ("thinking", "tool_use")
+        assert thought.thinking
+        _assert_weather_call(call.name, json.dumps(call.input))
+        result = json.dumps({"temperature": 23, "unit": "c", "condition": "sunny"})
+        block = {"type": "tool_result", "tool_use_id": call.id, "content": result}
+        messages += [asked.to_param(), {"role": "user", "content": [block]}]
+        answered: Any = claude.messages.create(**fields, messages=messages)
+        assert answered.stop_reason == "end_turn"
+        assert "23" in answered.content[-1].text
+        del fields["max_tokens"]
+        counted = claude.messages.count_tokens(**fields, messages=messages)
+    assert counted.input_tokens == answered.usage.input_tokens + answered.usage.cache_read_input_tokens
 
 
 def test_metrics_stand_where_they_were_asked_for(server: Server) -> None:

@@ -245,13 +245,6 @@ def test_unknown_paths_and_methods(server: Live) -> None:
     assert refused(server.client.delete("/v1/models"), 405)["code"] == "method_not_allowed"
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/messages/count_tokens"])
-def test_routes_of_later(server: Live, path: str) -> None:
-    error = refused(server.client.post(path, json={}))
-    assert error["code"] == "not_supported"
-    assert path in error["message"]
-
-
 def test_a_full_queue(server: Live) -> None:
     server.engine.gate.clear()
     server.engine.queue_limit = 2

@@ -113,6 +113,46 @@ def test_a_silent_stream_has_headers_at_once_and_comments(patient: Live, path: s
     assert ('"role":"assistant"' in seen.split(": keep-alive")[0]) == ("chat" in path)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "comment", "first", "last"),
+    [
+        ("/v1/responses", {"input": "x"}, ": keep-alive\n\n", "response.in_progress", "response.completed"),
+        ("/v1/messages", {"messages": USER, "max_tokens": 300}, 'event: ping\ndata: {"type":"ping"}\n\n',
+         "message_start", "message_stop"),
+    ],
+)  # fmt: skip
+def test_a_silent_stream_of_the_newer_families(
+    patient: Live, path: str, body: dict[str, object], comment: str, first: str, last: str
+) -> None:
+    patient.engine.gate.clear()
+    with patient.client.stream("POST", path, json={**body, "stream": True}) as response:
+        seen = ""
+        for text in response.iter_text():
+            seen += text
+            if seen.count(comment) >= 3:
+                patient.engine.gate.set()
+    assert f'"type":"{first}"' in seen.split(comment)[0]
+    assert f'"type":"{last}"' in seen.split("\n\n")[-2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/responses", {"input": "x"}), ("/v1/messages", {"messages": USER, "max_tokens": 300})]
+)
+def test_leaving_an_answer_of_the_newer_families(
+    server: Live, path: str, body: dict[str, object], stream: bool
+) -> None:
+    server.engine.gate.clear()
+    raw = json.dumps({**body, "stream": stream}).encode()
+    with connect(server) as client:
+        client.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        server.engine.wait_until(lambda: len(server.engine.seen) == 1)
+    server.engine.wait_until(lambda: server.engine.num_open == 0)
+    assert len(server.engine.cancelled) == 1
+    server.engine.gate.set()
+    server.still_serves()
+
+
 def test_tokens_without_text_are_silence_too() -> None:
     class Tokens:
         async def updates(self, silence: float) -> AsyncIterator[list[Update]]:

@@ -215,10 +215,27 @@ def test_the_prefix_cache_shows_in_usage_and_metrics(real: RealServer) -> None:
     assert f"tern:prefix_cache_hits_total {float(second)}" in real.live.client.get("/metrics").text
 
 
+def test_a_changing_billing_line_does_not_bust_the_prefix_cache(real: RealServer) -> None:
+    def turn(nonce: str) -> dict[str, int]:
+        line = {"type": "text", "text": f"x-anthropic-billing-header: cc_version=2.1.37.{nonce}; cch={nonce};"}
+        body = {"system": [line, {"type": "text", "text": "You write code."}], "messages": USER}
+        response = real.live.client.post("/v1/messages", json={**body, "max_tokens": 2})
+        count = real.live.client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+        usage: dict[str, int] = response.json()["usage"]
+        assert usage["input_tokens"] + usage["cache_read_input_tokens"] == count
+        return usage
+
+    first, second = turn("fa690"), turn("0aaa9")
+    assert first["cache_read_input_tokens"] == 0
+    assert second["input_tokens"] <= 8, "all but the last block came from the cache"
+
+
 def test_a_prompt_too_long_says_both_numbers(real: RealServer) -> None:
     for path, body in (
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "weather " * 600}]}),
         ("/v1/chat/completions", {"messages": USER, "max_tokens": 512}),
+        ("/v1/responses", {"input": "weather " * 600}),
+        ("/v1/responses", {"input": "weather", "max_output_tokens": 512}),
         ("/v1/completions", {"prompt": [5] * 512}),
         ("/v1/completions", {"prompt": [5] * 10, "max_tokens": 503}),
     ):
@@ -226,7 +243,7 @@ def test_a_prompt_too_long_says_both_numbers(real: RealServer) -> None:
         assert response.status_code == 400
         error = response.json()["error"]
         assert error["code"] == "context_length_exceeded"
-        assert error["param"] == ("messages" if "messages" in body else "prompt")
+        assert error["param"] == next(name for name in ("messages", "input", "prompt") if name in body)
         assert "512" in error["message"]
         count = real.live.client.post("/tokenize", json={k: v for k, v in body.items() if k == "messages"})
         if count.status_code == 200:

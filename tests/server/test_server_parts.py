@@ -32,6 +32,8 @@ from tern.server.progress import by_choice
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.completion import CompletionRequest
 from tern.server.schemas.fields import IGNORED, INSTEAD, NEUTRAL, read_fields
+from tern.server.schemas.messages import MessagesRequest, OutputOptions, ThinkingOptions
+from tern.server.schemas.responses import ReasoningOptions, ResponsesRequest, TextOptions
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from tern.server.sink import ChoiceSink, Ending, Mailbox, PlainText, Update
 
@@ -297,9 +299,10 @@ def test_no_field_is_both_served_and_refused() -> None:
 def test_every_field_stands_in_the_documentation() -> None:
     text = DOCS.read_text(encoding="utf-8")
     documented = set(re.findall(r"`([a-z_]+)`", text))
-    schemas = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
-    fields = {name for schema in schemas for name in schema.model_fields} | IGNORED.keys() | NEUTRAL.keys()
-    assert fields - documented == set()
+    families = (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, TokenizeRequest, DetokenizeRequest)
+    schemas = (*families, TextOptions, ReasoningOptions, ThinkingOptions, OutputOptions)
+    fields = {name for schema in schemas for name in (*schema.model_fields, *schema.ignored, *schema.neutral)}
+    assert (fields | IGNORED.keys() | NEUTRAL.keys()) - documented == set()
 
 
 def test_every_test_that_the_documentation_names_exists() -> None:
