@@ -60,4 +60,6 @@ def _shape(state: AppState, asked: Asked) -> ChatShape:
         token_ids=request.return_token_ids,
         usage_at_end=request.usage_at_end,
         usage_always=request.usage_always,
+        num_prompt_top=request.prompt_logprobs,
+        tokens_as_ids=request.return_tokens_as_token_ids,
     )

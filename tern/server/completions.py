@@ -78,9 +78,16 @@ def _read(state: AppState, fields: JsonObject) -> Asked:
     request.check()
     state.check_model(request.model)
     limit = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-    params = request.sampling_params(state.model.generation.sampling_defaults(), max_tokens=limit)
+    params = request.sampling_params(
+        state.model.generation.sampling_defaults(), max_tokens=limit, prompt_logprobs=request.num_scored_top
+    )
     given = request.prompts()
     tokenizer = state.protocol.tokenizer
+    if request.add_special_tokens:  # from here on they are part of the prompt, and of its echo
+        given = [
+            prompt if isinstance(prompt, list) else tokenizer.encode(prompt, add_special_tokens=True)
+            for prompt in given
+        ]
     prompts = [tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in given]
     echoes = [_text(tokenizer, prompt) if request.echo else "" for prompt in given]
     return Asked(request, params, prompts, echoes, bad_word_sequences(tokenizer, params.bad_words))
@@ -104,4 +111,6 @@ def _shape(state: AppState, asked: Asked) -> CompletionShape:
         token_ids=asked.request.return_token_ids,
         usage_at_end=asked.request.usage_at_end,
         usage_always=asked.request.usage_always,
+        num_prompt_top=asked.request.prompt_logprobs,
+        tokens_as_ids=asked.request.return_tokens_as_token_ids,
     )

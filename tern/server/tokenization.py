@@ -40,7 +40,7 @@ def _tokenize(state: AppState, fields: JsonObject) -> JsonObject:
     check_template_kwargs(request.chat_template_kwargs)
     state.check_model(request.model)
     if request.prompt is not None:
-        ids = list(state.protocol.tokenizer.encode(request.prompt))
+        ids = state.protocol.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens)
     else:
         kwargs = request.chat_template_kwargs or {}
         ids = list(state.protocol.prompt(request.messages or [], tools=request.tools, template_kwargs=kwargs).token_ids)

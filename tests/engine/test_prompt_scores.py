@@ -141,7 +141,7 @@ def test_nothing_is_generated_where_only_scores_are_wanted(length: int, budget: 
 
 def test_a_prompt_that_is_preempted_while_it_is_scored_is_scored_once() -> None:
     model = HashModel()
-    engine = make_engine(model, num_kv_blocks=24, max_num_batched_tokens=3)
+    engine = make_engine(model, num_kv_blocks=24, max_num_seqs=3, max_num_batched_tokens=3)
     writer = add(engine, "first", [3, 4], None, max_tokens=90, ignore_eos=True)
     engine.step()
     prompt = [(number * 5) % VOCAB for number in range(70)]
