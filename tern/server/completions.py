@@ -17,6 +17,9 @@ from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.choices import Plan, start
 from tern.server.completion_answers import CompletionShape, stream_answer, whole_answer
+from tern.server.openapi import described
+from tern.server.openapi.answers import Completion
+from tern.server.openapi.operations import GENERATING
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from tern.server.schemas.fields import read_fields
 from tern.server.sink import PlainText
@@ -28,7 +31,17 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes."""
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post(
+        "/v1/completions",
+        **described(
+            "Continue prompts",
+            Completion,
+            meaning="Continues plain prompts, whole or as server-sent events. There is no template: tags are text.",
+            request=CompletionRequest,
+            chunk=Completion,
+            errors=GENERATING,
+        ),
+    )
     async def create_completion(http: Request) -> Response:
         arrived = time.monotonic()
         owner = owner_of(http, state.options.api_keys)

@@ -18,7 +18,7 @@ def routes(state: AppState) -> APIRouter:
     """One refusing route for each path."""
     router = APIRouter()
     for path in NOT_YET:
-        router.add_api_route(path, _refusal(state, path), methods=["POST"])
+        router.add_api_route(path, _refusal(state, path), methods=["POST"], include_in_schema=False)
     return router
 
 
