@@ -129,6 +129,7 @@ BEYOND = {
     "model": "one is served",
     "messages": "what a message must hold depends on its role",
     "max_tokens": "0 is for prompts that are scored or echoed",
+    "max_completion_tokens": "the model's length bounds it",
     "min_tokens": "is at most max_tokens",
     "n": "the engine takes so many at once",
     "tokens": "ids may be outside of the vocabulary",
@@ -170,12 +171,13 @@ def test_values_are_accepted_as_described(server: Live, described: dict[str, Any
 @pytest.mark.parametrize("path", [CHAT, COMPLETION])
 def test_ranges_end_where_they_are_said_to(described: dict[str, Any], path: str) -> None:
     name = body_schema(described, path)["$ref"].split("/")[-1]
+    scored = {"prompt_logprobs": 0} if path == COMPLETION else {}  # with it, max_tokens may be 0
     tried = 0
     for field, found in described["components"]["schemas"][name]["properties"].items():
         for form in found.get("anyOf", [found]):
             if field not in SamplingParams.__dataclass_fields__ or "maximum" not in form:
                 continue
-            others: dict[str, Any] = {"max_tokens": None} if field == "min_tokens" else {"prompt_logprobs": 0}
+            others: dict[str, Any] = {"max_tokens": None} if field == "min_tokens" else scored
             step = 1 if form["type"] == "integer" else 0.001
             for end, beyond in (("minimum", -step), ("maximum", step)):
                 if end in form:
