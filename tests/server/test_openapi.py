@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from server_fakes import USER, WEATHER_CALL, WEATHER_TOOL, Live
@@ -15,13 +16,16 @@ from server_fakes import USER, WEATHER_CALL, WEATHER_TOOL, Live
 from tern.engine.sampling_params import SamplingParams
 from tern.errors import InvalidRequestError
 from tern.server import create_app
+from tern.server.app import FAMILIES
 from tern.server.batch.run import post
 from tern.server.openapi.fields import ABOUT, about
+from tern.server.openapi.operations import SCHEMAS
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.completion import CompletionRequest
 from tern.server.schemas.fields import IGNORED, NEUTRAL, Schema
 from tern.server.schemas.sampling import StreamOptions
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
+from tern.server.unsupported import NOT_YET
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 REQUESTS: dict[str, tuple[type[Schema], dict[str, Any]]] = {
@@ -70,6 +74,15 @@ def test_every_route_says_what_it_does(described: dict[str, Any]) -> None:
         assert all(answer["description"] for answer in operation["responses"].values()), path
         (form,) = operation["responses"]["200"]["content"].values() if method == "get" else [None]
         assert form is None or form["schema"], f"{path} does not say what it answers"
+
+
+def test_every_route_is_described(server: Live) -> None:
+    for family in FAMILIES:
+        for route in family.routes(server.state).routes:
+            assert isinstance(route, APIRoute)
+            if route.path not in NOT_YET:
+                assert SCHEMAS in (route.openapi_extra or {}), f"declare {route.path} with `described`"
+                assert route.include_in_schema
 
 
 @pytest.mark.parametrize("schema", [*(schema for schema, _ in REQUESTS.values()), StreamOptions])
