@@ -47,6 +47,7 @@ from tern.engine import (
     GeneratedToken,
     Request,
     SamplingParams,
+    ScoredToken,
     Steering,
     TokenLogprob,
 )
@@ -111,7 +112,11 @@ class CompletionOutput:
 
 @dataclass
 class RequestOutput:
-    """All outputs of one prompt. `num_cached_tokens` of its prompt came from the prefix cache."""
+    """All outputs of one prompt. `num_cached_tokens` of its prompt came from the prefix cache.
+
+    `prompt_logprobs[i]`, if they were asked for, maps candidate ids of prompt token i to their `Logprob`, the token
+    itself first; the first prompt token has None.
+    """
 
     request_id: str
     prompt: str | None
@@ -119,6 +124,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = True
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
 @dataclass
@@ -131,6 +137,7 @@ class _Collector:
     stream: TextStream
     hidden_token_ids: frozenset[int]
     tokens: list[GeneratedToken] = field(default_factory=list)
+    prompt: list[ScoredToken] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     finished: Finish | None = None
 
@@ -334,6 +341,7 @@ class LLM:
                 sink=collector,
                 bad_token_sequences=bad,
                 choice_index=index,
+                prompt_sink=collector.prompt.extend,
             )
 
     def _step_until_done(self, jobs: list[_Job], *, show_progress: bool) -> None:
@@ -347,7 +355,17 @@ class LLM:
     def _output(self, job: _Job) -> RequestOutput:
         outputs = [self._completion(index, collector, job) for index, collector in enumerate(job.collectors)]
         cached = max((c.finished.num_cached_tokens for c in job.collectors if c.finished), default=0)
-        return RequestOutput(job.request_id, job.text, list(job.token_ids), outputs, num_cached_tokens=cached)
+        scores: list[dict[int, Logprob] | None] | None = None
+        if job.params.prompt_logprobs is not None:
+            scores = [None, *map(self._logprobs, job.collectors[0].prompt)]
+        return RequestOutput(
+            job.request_id,
+            job.text,
+            list(job.token_ids),
+            outputs,
+            num_cached_tokens=cached,
+            prompt_logprobs=scores,
+        )
 
     def _completion(self, index: int, collector: _Collector, job: _Job) -> CompletionOutput:
         finish = collector.finished
@@ -370,7 +388,7 @@ class LLM:
     def _stop_token(self, finish: Finish, params: SamplingParams) -> int | None:
         return finish.stop_token_id if finish.stop_token_id in params.stop_token_ids else None
 
-    def _logprobs(self, token: GeneratedToken) -> dict[int, Logprob]:
+    def _logprobs(self, token: ScoredToken) -> dict[int, Logprob]:
         candidates = [token.logprob or TokenLogprob(token.token_id, 0.0, 1), *token.top_logprobs]
         decode = self.get_tokenizer().token_text
         return {each.token_id: Logprob(each.logprob, each.rank, decode(each.token_id)) for each in candidates}

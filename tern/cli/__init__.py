@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from tern.cli import bench, chat, doctor, generate, quantize, serve
+from tern.cli import bench, chat, doctor, generate, quantize, run_batch, serve
 from tern.cli.flags import with_dashes, without_ignored
 from tern.errors import InvalidRequestError, OptionError, TernError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
+app.command("run-batch")(run_batch.run_batch)
 app.command("quantize")(quantize.quantize)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows ? in its place
     try:
         arguments = with_dashes(sys.argv[1:] if argv is None else argv)
-        if arguments[:1] == ["serve"]:
+        if arguments[:1] in (["serve"], ["run-batch"]):
             arguments, ignored = without_ignored(arguments)
             if ignored:
                 typer.echo(f"tern: {', '.join(ignored)}: accepted, and needs nothing done here.", err=True)

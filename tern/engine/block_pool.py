@@ -102,7 +102,7 @@ class BlockPool:
     def find_prefix(self, sequence: Sequence) -> list[int]:
         """The longest run of indexed blocks with which the sequence begins.
 
-        The last token is never covered: it must be computed to give the logits of the next one.
+        Tokens that must be computed for their logits are never covered (`num_reusable_tokens`).
         """
         self.extend_digests(sequence)
         found: list[int] = []
@@ -199,8 +199,8 @@ class BlockPool:
         _demand(indexed == self._index, f"{len(self._index)} digests point at {len(self._content)} contents")
 
     def _num_reusable(self, sequence: Sequence) -> int:
-        """Full blocks of the sequence that need not be computed: all that end before its last token."""
-        return min(len(sequence.digests), (len(sequence.token_ids) - 1) // self.block_size)
+        """Full blocks of the sequence that need not be computed."""
+        return min(len(sequence.digests), sequence.num_reusable_tokens // self.block_size)
 
     def _enter(self, sequence: Sequence, index: int) -> None:
         """Put a computed block of the sequence into the index."""

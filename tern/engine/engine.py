@@ -24,7 +24,7 @@ from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
 from tern.engine.options import EngineOptions
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
-from tern.engine.runner import Runner, Sampled
+from tern.engine.runner import Runner, StepResult
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
@@ -126,10 +126,11 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return self._idle()
-        sampled = self._compute(chunks)
-        if sampled is not None:
+        result = self._compute(chunks)
+        if result is not None:
             self.scheduler.commit(chunks)
-            self._deliver(chunks, sampled)
+            self._deliver_scores(chunks, result)
+            self._deliver(chunks, result)
         return True
 
     def add(self, request: Request) -> None:
@@ -163,6 +164,7 @@ class Engine:
         self._check_ids("prompt", prompt)
         self._check_ids("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         for words in request.bad_token_sequences:
             self._check_ids("bad_words", words)
             if not words:
@@ -251,7 +253,7 @@ class Engine:
 
     def _check_length(self, num_prompt: int, max_tokens: int | None) -> None:
         limit = self.max_model_len
-        if num_prompt >= limit:
+        if num_prompt >= limit + (max_tokens == 0):
             raise ContextLengthError(
                 f"The prompt has {num_prompt} tokens but the model's length is {limit}, prompt and answer together: "
                 "shorten the prompt."
@@ -274,8 +276,15 @@ class Engine:
                 "forbid fewer.",
                 param="min_tokens" if request.params.min_tokens > 0 else "bad_words",
             )
+        allowed = frozenset(request.params.allowed_token_ids or ())
+        if allowed and allowed <= banned:
+            raise InvalidRequestError(
+                f"Each of the {len(allowed)} allowed_token_ids is forbidden by bad_words or held back by min_tokens: "
+                "allow more.",
+                param="allowed_token_ids",
+            )
 
-    def _compute(self, chunks: Ordered[Chunk]) -> list[Sampled] | None:
+    def _compute(self, chunks: Ordered[Chunk]) -> StepResult | None:
         """Run the chunks; None if that failed, and then their requests have been ended."""
         try:
             result = self.runner.run(chunks, self.drafter.follows)
@@ -288,7 +297,7 @@ class Engine:
         self._computed_tokens += sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         self._last_step_seconds = result.seconds + result.predictor_seconds
         self.drafter.learn(chunks, result.sampled, result.seconds, result.predictor_seconds)
-        return result.sampled
+        return result
 
     def _fail_step(self, chunks: Ordered[Chunk]) -> None:
         """End the requests of a batch that could not be computed; the others lose nothing."""
@@ -298,10 +307,31 @@ class Engine:
             self._finish(chunk.sequence, FinishReason.ERROR, message=STEP_FAILED)
         self.check_integrity()
 
-    def _deliver(self, chunks: Ordered[Chunk], sampled: Ordered[Sampled]) -> None:
+    def _deliver_scores(self, chunks: Ordered[Chunk], result: StepResult) -> None:
+        """Hand the scores of prompt tokens on, and end the sequences that wanted nothing else."""
+        for place, scores in result.scores.items():
+            sequence = chunks[place].sequence
+            if sequence.status is SequenceStatus.FINISHED:  # another's sink cancelled it just now
+                continue
+            if isinstance(scores, str):
+                self.pool.forget(sequence)  # what could not be read from must not be found again
+                self._finish(sequence, FinishReason.ERROR, message=scores)
+                continue
+            sequence.num_scored_tokens += len(scores)
+            try:
+                if sequence.request.prompt_sink is not None:
+                    sequence.request.prompt_sink(scores)
+            except Exception:
+                logger.exception("The prompt sink of request %r failed", sequence.request_id)
+                self._finish(sequence, FinishReason.ERROR, message=SINK_FAILED)
+        for chunk in chunks:
+            if not chunk.samples and chunk.sequence.num_uncomputed_tokens == 0:
+                self._finish(chunk.sequence, FinishReason.LENGTH)
+
+    def _deliver(self, chunks: Ordered[Chunk], result: StepResult) -> None:
         sampling = (chunk.sequence for chunk in chunks if chunk.samples)
-        for sequence, result in zip(sampling, sampled, strict=True):
-            for place, token in enumerate(result.tokens):
+        for sequence, sampled in zip(sampling, result.sampled, strict=True):
+            for place, token in enumerate(sampled.tokens):
                 if place > 0:
                     if sequence.status is SequenceStatus.FINISHED or sequence.num_uncomputed_tokens > 1:
                         break  # its sink ended it or forced other tokens: what was drafted beyond does not follow

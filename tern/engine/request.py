@@ -5,6 +5,7 @@ Knows no tensors and no text.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -31,16 +32,23 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class GeneratedToken:
-    """One token appended to a sequence.
-
-    `logprob` and `top_logprobs` are present when the request asked for logprobs; a `forced` token was written by the
-    sink's steering, not sampled, and carries none.
+class ScoredToken:
+    """A token of a sequence and, if the request asked for that, how likely the model held it: `logprob` its own score,
+    `top_logprobs` the likeliest tokens in its place.
     """
 
     token_id: int
     logprob: TokenLogprob | None = None
     top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class GeneratedToken(ScoredToken):
+    """One token appended to a sequence.
+
+    A `forced` token was written by the sink's steering, not sampled, and carries no score.
+    """
+
     forced: bool = False
 
 
@@ -81,13 +89,19 @@ class TokenSink(Protocol):
     def finish(self, finish: Finish) -> None: ...
 
 
+PromptSink = Callable[[Sequence[ScoredToken]], None]
+"""Where the scores of a prompt go (`SamplingParams.prompt_logprobs`), run by run, in order: all its tokens but the
+first, which nothing precedes, and all before the first token is generated. Bound by what binds a `TokenSink`.
+"""
+
+
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate (`n` choices are n requests that share their prompt's cache).
 
     `bad_token_sequences` are the tokenised `bad_words`. `cache_salt` keeps prefix-cache entries of different owners
     apart. Of equal `priority` the earlier request goes first; lower values go before higher ones.
-    `choice_index` shifts the seed so that choices of one request differ.
+    `choice_index` shifts the seed so that choices of one request differ. `prompt_sink` hears the prompt's scores.
     """
 
     request_id: str
@@ -98,3 +112,4 @@ class Request:
     priority: int = 0
     cache_salt: bytes = b""
     choice_index: int = 0
+    prompt_sink: PromptSink | None = None

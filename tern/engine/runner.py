@@ -16,14 +16,18 @@ import torch
 from torch import Tensor
 
 from tern.engine.predictor import Followed, Predictor
-from tern.engine.request import GeneratedToken
-from tern.engine.sampler import Sampler
+from tern.engine.request import GeneratedToken, ScoredToken
+from tern.engine.sampler import Sampler, score
 from tern.engine.scheduler import Chunk
 from tern.engine.sequence import Continuation, Sequence
 from tern.model.batch import Batch, KVCache
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
+
+
+SCORED_ROWS = 128
+"""Rows of a prompt whose logits stand in memory at once: a row of a large vocabulary is 400 KB."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,14 @@ class Sampled:
 
 @dataclass(frozen=True)
 class StepResult:
-    """A computed step: one entry for each chunk that samples, in order, and the seconds that its two parts took."""
+    """A computed step: one entry for each chunk that samples, in order, and the seconds that its two parts took.
+
+    `scores` are those of the prompt tokens behind the `scoring_positions` of chunks that have some, by the chunk's
+    place; a sentence ends the request.
+    """
 
     sampled: list[Sampled]
+    scores: dict[int, list[ScoredToken] | str]
     seconds: float
     predictor_seconds: float = 0.0
 
@@ -92,11 +101,12 @@ class Runner:
         batch = pack(chunks, self.kv.block_size, self.model.device)
         hidden = self.model.hidden(batch, self.kv)
         sampled = self._sample(hidden, batch, chunks)
+        scores = self._score(hidden, chunks)
         computed = time.perf_counter()
         if self.predictor is None or not any(follows(chunk.sequence) for chunk in chunks):
-            return StepResult(sampled, computed - started)
+            return StepResult(sampled, scores, computed - started)
         sampled = self._predict(self.predictor, hidden, batch, chunks, sampled, follows)
-        return StepResult(sampled, computed - started, time.perf_counter() - computed)
+        return StepResult(sampled, scores, computed - started, time.perf_counter() - computed)
 
     def _sample(self, hidden: Tensor, batch: Batch, chunks: Ordered[Chunk]) -> list[Sampled]:
         """Draw the next token of every sequence that samples, and the one after each of its drafts."""
@@ -110,6 +120,31 @@ class Runner:
             return []
         logits = self.model.logits(hidden.index_select(0, batch.logit_rows))
         return verify([chunk.drafts for chunk in chunks if chunk.samples], self.sampler.sample(logits, rows))
+
+    def _score(self, hidden: Tensor, chunks: Ordered[Chunk]) -> dict[int, list[ScoredToken] | str]:
+        """Score the prompt tokens that the chunks' rows of `hidden` [tokens, hidden_size] precede."""
+        scores: dict[int, list[ScoredToken] | str] = {}
+        start = 0
+        for place, chunk in enumerate(chunks):
+            if positions := chunk.scoring_positions:
+                first = start + positions.start - chunk.sequence.num_computed_tokens
+                scores[place] = self._score_rows(hidden[first : first + len(positions)], chunk.sequence, positions)
+            start += chunk.num_tokens + len(chunk.drafts)
+        return scores
+
+    def _score_rows(self, hidden: Tensor, sequence: Sequence, positions: range) -> list[ScoredToken] | str:
+        """Score the token behind each of `positions`, whose rows `hidden` [positions, hidden_size] are."""
+        num_top = sequence.sampling.params.prompt_logprobs or 0
+        scored: list[ScoredToken] = []
+        for begin in range(0, len(positions), SCORED_ROWS):
+            logits = self.model.logits(hidden[begin : begin + SCORED_ROWS])
+            first = positions.start + begin + 1
+            tokens = sequence.token_ids[first : first + len(logits)]
+            piece = score(logits, tokens, [num_top] * len(logits))
+            if isinstance(piece, str):
+                return piece
+            scored += piece
+        return scored
 
     def _predict(
         self,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Iterator
 from collections.abc import Sequence as Ordered
 from typing import Protocol
 
@@ -25,11 +26,13 @@ import torch
 from torch import Tensor
 
 from tern import ops
-from tern.engine.request import GeneratedToken, TokenLogprob
+from tern.engine.request import GeneratedToken, ScoredToken, TokenLogprob
 from tern.engine.sampling_state import SamplingState, uniform
 
 NOT_FINITE = "The model gave no finite score for any next token; its weights or its number format are damaged."
-ALL_MASKED = "logit_bias, bad_words and min_tokens together forbid every next token; relax one of them."
+ALL_MASKED = (
+    "logit_bias, bad_words, min_tokens and allowed_token_ids together forbid every next token; relax one of them."
+)
 
 
 class SamplingRow(Protocol):
@@ -81,6 +84,17 @@ class Sampler:
         ]
 
 
+def score(logits: Tensor, token_ids: Ordered[int], num_top: Ordered[int]) -> list[ScoredToken] | str:
+    """`token_ids` [rows] with their scores in `logits` [rows, vocab] float32, and each with its `num_top` likeliest.
+
+    A sentence in their place ends the request: a row has no finite score.
+    """
+    if _not_finite_rows(ops.largest(logits)[0]):
+        return NOT_FINITE
+    chosen = torch.tensor(token_ids, device=logits.device)
+    return [ScoredToken(own.token_id, own, top) for own, top in _scores(logits, chosen, num_top)]
+
+
 def _index(rows: Ordered[int], like: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=like.device)
 
@@ -99,6 +113,9 @@ def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow]) -
     penalised = [(row, state) for row, state in states if state.penalised]
     if penalised:
         _penalise(logits, penalised, sequences)
+    for row, state in states:
+        if len(state.allowed_ids):
+            _keep_only(logits[row], torch.from_numpy(state.allowed_ids).to(logits.device))
     masked = [(row, state.masked_ids(sequences[row].token_ids)) for row, state in states]
     if any(len(ids) for _, ids in masked):
         logits[_entries(masked, logits)] = -math.inf
@@ -121,6 +138,13 @@ def _penalise(logits: Tensor, rows: Ordered[tuple[int, SamplingState]], sequence
     values = logits[at]
     values = torch.where(values > 0, values / repetition, values * repetition)
     logits[at] = values - presence * (counts > 0) - frequency * counts
+
+
+def _keep_only(scores: Tensor, token_ids: Tensor) -> None:
+    """Mask all but `token_ids` in one row of logits [vocab], in place."""
+    kept = scores[token_ids]
+    scores.fill_(-math.inf)
+    scores[token_ids] = kept
 
 
 def _entries(parts: Ordered[tuple[int, np.ndarray]], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,19 +180,21 @@ def _logprobs(
     raw: Tensor, rows: Ordered[int], tokens: Tensor, states: Ordered[SamplingState]
 ) -> dict[int, GeneratedToken]:
     """The chosen and the likeliest tokens of `rows`, scored by the unmodified logits `raw` [len(rows), vocab]."""
+    scores = _scores(raw, tokens[_index(rows, tokens)], [states[row].params.logprobs or 0 for row in rows])
+    return {row: GeneratedToken(own.token_id, own, top) for row, (own, top) in zip(rows, scores, strict=True)}
+
+
+def _scores(raw: Tensor, ids: Tensor, num_top: Ordered[int]) -> Iterator[tuple[TokenLogprob, tuple[TokenLogprob, ...]]]:
+    """The score of the token in `ids` [rows] of each row of `raw` [rows, vocab], and its `num_top` likeliest tokens."""
     scores = raw.log_softmax(dim=-1)
-    ids = tokens[_index(rows, tokens)]
     chosen = scores.gather(1, ids[:, None])
     earlier = torch.arange(raw.shape[1], device=raw.device) < ids[:, None]
     ranks = (((scores > chosen) | ((scores == chosen) & earlier)).sum(dim=-1) + 1).tolist()
-    wanted = [min(states[row].params.logprobs or 0, raw.shape[1]) for row in rows]
+    wanted = [min(count, raw.shape[1]) for count in num_top]
     best, best_ids = (part.tolist() for part in _best_scores(scores, max(wanted)))
-    answer = {}
-    for place, (row, token, score) in enumerate(zip(rows, ids.tolist(), chosen.squeeze(1).tolist(), strict=True)):
-        top = zip(best_ids[place][: wanted[place]], best[place], strict=False)
-        answer[row] = GeneratedToken(
-            token,
-            TokenLogprob(token, score, ranks[place]),
-            tuple(TokenLogprob(other, value, rank) for rank, (other, value) in enumerate(top, start=1)),
+    for row, (token, value) in enumerate(zip(ids.tolist(), chosen.squeeze(1).tolist(), strict=True)):
+        top = zip(best_ids[row][: wanted[row]], best[row], strict=False)
+        yield (
+            TokenLogprob(token, value, ranks[row]),
+            tuple(TokenLogprob(other, score, rank) for rank, (other, score) in enumerate(top, start=1)),
         )
-    return answer

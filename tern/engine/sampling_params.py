@@ -15,6 +15,7 @@ MAX_STOP_LENGTH = 4096
 MAX_STOP_TOKENS = 1024
 MAX_BIASED_TOKENS = 1024
 MAX_BAD_WORDS = 1024
+MAX_ALLOWED_TOKENS = 2**18  # more than any vocabulary
 GREEDY_TEMPERATURE = 1e-5  # below this the likeliest token has all the probability; dividing by it would overflow
 MIN_REPETITION_PENALTY = 0.01  # logits are divided by it: far smaller ones would leave the range of float32
 SEED_RANGE = (-(2**63), 2**63 - 1)
@@ -26,7 +27,9 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `max_tokens` None means as many as fit the model. `stop` and `bad_words` are text: the
     front door resolves them with its tokenizer, the engine itself only sees token ids. `reasoning_max_tokens` bounds
-    the thought of a chat. `logprobs` k asks for the k most likely tokens of every step beside the chosen one.
+    the thought of a chat. `logprobs` k asks for the k most likely tokens of every step beside the chosen one,
+    `prompt_logprobs` k for the same of every token of the prompt; with it `max_tokens` may be 0, so that nothing is
+    generated. `allowed_token_ids` are the only tokens that may be chosen; None or none of them means all.
 
     Raises `InvalidRequestError` that names the field, the value and its range, when it is made and when a field is set.
     """
@@ -52,6 +55,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     reasoning_max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: Sequence[int] | None = ()
 
     def __post_init__(self) -> None:
         self._check()
@@ -80,6 +85,7 @@ class SamplingParams:
             stop_token_ids=_listed("stop_token_ids", self.stop_token_ids),
             bad_words=_listed("bad_words", self.bad_words),
             logit_bias=_mapped("logit_bias", self.logit_bias),
+            allowed_token_ids=_listed("allowed_token_ids", self.allowed_token_ids),
         )
         self._check_ranges()
         self._check_collections(stop)
@@ -103,7 +109,7 @@ class SamplingParams:
         if self.seed is not None:
             _integer("seed", self.seed, *SEED_RANGE)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+            _integer("max_tokens", self.max_tokens, 1 if self.prompt_logprobs is None else 0, 2**31 - 1)
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
@@ -111,8 +117,9 @@ class SamplingParams:
                 "lower the one or raise the other.",
                 param="min_tokens",
             )
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.reasoning_max_tokens is not None:
             _integer("reasoning_max_tokens", self.reasoning_max_tokens, 0, 2**31 - 1)
 
@@ -128,6 +135,9 @@ class SamplingParams:
         _size("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS)
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
+        _size("allowed_token_ids", len(self.allowed_token_ids or ()), MAX_ALLOWED_TOKENS)
+        for token in self.allowed_token_ids or ():
+            _integer("allowed_token_ids", token, 0, 2**31 - 1)
         _size("bad_words", len(self.bad_words), MAX_BAD_WORDS)
         for word in self.bad_words:
             if not isinstance(word, str) or not word:

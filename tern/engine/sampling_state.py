@@ -85,6 +85,7 @@ class SamplingState:
         self.stop_ids = np.array(sorted(stop_ids), np.int64)
         self.bias_ids = np.array(list(params.logit_bias), np.int64)
         self.bias_values = np.array(list(params.logit_bias.values()), np.float32)
+        self.allowed_ids = np.array(sorted(set(params.allowed_token_ids or ())), np.int64)
         self._banned = np.array([words[0] for words in request.bad_token_sequences if len(words) == 1], np.int64)
         self._bad_sequences = [array("q", words) for words in request.bad_token_sequences if len(words) > 1]
         self._num_prompt_tokens = len(request.prompt_token_ids)
@@ -94,7 +95,9 @@ class SamplingState:
         self.history = (
             TokenHistory(np.array(request.prompt_token_ids if repeats else (), np.int64)) if self.penalised else None
         )
-        self._always_edits = bool(self.penalised or len(self.bias_ids) or request.bad_token_sequences)
+        self._always_edits = bool(
+            self.penalised or len(self.bias_ids) or request.bad_token_sequences or len(self.allowed_ids)
+        )
 
     def edits_logits(self, num_generated: int) -> bool:
         """Whether the next token's logits must be edited before sampling."""

@@ -32,8 +32,8 @@ _ORDER = attrgetter("order")
 class Chunk:
     """`num_tokens` uncomputed tokens of a sequence, to be computed in one step.
 
-    `samples`: they are the last uncomputed ones, so the step gives the sequence its next token. `drafts` may follow
-    them; they are computed too, and those that turn out right are tokens that the same step gives.
+    `samples`: they are the last uncomputed ones, so the step gives the sequence its next token, if it is to have one.
+    `drafts` may follow them; they are computed too, and those that turn out right are tokens that the same step gives.
     """
 
     sequence: Sequence
@@ -45,6 +45,13 @@ class Chunk:
     def is_decode(self) -> bool:
         """Whether the only token is the sequence's newest."""
         return self.samples and self.num_tokens == 1
+
+    @property
+    def scoring_positions(self) -> range:
+        """Positions of the chunk whose logits score the prompt token behind them, mostly none."""
+        sequence = self.sequence
+        end = min(sequence.num_computed_tokens + self.num_tokens, sequence.num_prompt_tokens - 1)
+        return range(sequence.num_scored_tokens - 1, end)
 
 
 class DraftSource(Protocol):
@@ -232,7 +239,7 @@ class Scheduler:
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:
     left = sequence.num_uncomputed_tokens
-    return Chunk(sequence, min(left, budget), samples=left <= budget)
+    return Chunk(sequence, min(left, budget), samples=left <= budget and len(sequence.token_ids) < sequence.max_length)
 
 
 def _computes_prefix(runner: Sequence, sequence: Sequence, block_size: int) -> bool:
@@ -241,5 +248,5 @@ def _computes_prefix(runner: Sequence, sequence: Sequence, block_size: int) -> b
     Digests are chained: equal digests mean equal content up to and including that block.
     """
     index = runner.num_computed_tokens // block_size
-    reusable = min(len(sequence.digests), (len(sequence.token_ids) - 1) // block_size)
+    reusable = min(len(sequence.digests), sequence.num_reusable_tokens // block_size)
     return index < min(reusable, len(runner.digests)) and runner.digests[index] == sequence.digests[index]

@@ -7,7 +7,8 @@ Knows neither tensors nor the order of service. One notion runs through the whol
     uncomputed                            | x x x x x x x x x x x x |   the next steps compute these
 
 A decode is one uncomputed token, a prompt many, tokens forced by a sink several, a preempted sequence all of them. When
-none is left uncomputed after a step, that step's last row of logits gives the next token.
+none is left uncomputed after a step, that step's last row of logits gives the next token. Where the prompt's own tokens
+are scored too, every row of it gives the score of the token behind it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "num_scored_tokens",
         "request",
         "sampling",
         "status",
@@ -62,6 +64,8 @@ class Sequence:
         self.request = request
         self.token_ids = array("q", request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        # Prompt tokens that need no (more) scores; nothing precedes the first.
+        self.num_scored_tokens = self.num_prompt_tokens if request.params.prompt_logprobs is None else 1
         self.max_length = max_length
         self.stop_ids = stop_ids
         self.sampling = sampling
@@ -87,6 +91,16 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are still missing."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Tokens, from the first, whose keys and values may come from a cache.
+
+        The last is computed in any case, to give the logits of the next one, and so is what stands before a token of
+        the prompt that has no score yet.
+        """
+        last = len(self.token_ids) if self.num_scored_tokens == self.num_prompt_tokens else self.num_scored_tokens
+        return last - 1
 
     @property
     def num_draftable_tokens(self) -> int:

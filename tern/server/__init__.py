@@ -9,7 +9,7 @@ from __future__ import annotations
 from tern.server.app import create_app
 from tern.server.engine_door import EngineDoor, ModelIdentity
 from tern.server.options import ServerOptions
-from tern.server.run import Loaded, run_server
+from tern.server.run import Loaded, run_server, running
 from tern.server.state import AppState
 
-__all__ = ["AppState", "EngineDoor", "Loaded", "ModelIdentity", "ServerOptions", "create_app", "run_server"]
+__all__ = ["AppState", "EngineDoor", "Loaded", "ModelIdentity", "ServerOptions", "create_app", "run_server", "running"]

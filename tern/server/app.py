@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from fastapi import FastAPI
 
 from tern.server import chat_completions, completions, health, messages, models, responses, tokenization
 from tern.server.errors import install_error_handlers
+from tern.server.openapi import document
 from tern.server.state import AppState
 
 FAMILIES = (chat_completions, completions, responses, messages, models, tokenization, health)
@@ -16,7 +19,8 @@ def create_app(state: AppState) -> FastAPI:
 
     Pages with interactive documentation are left out: they load scripts from elsewhere.
     """
-    app = FastAPI(title="Tern", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Tern", docs_url=None, redoc_url=None)
+    app.openapi = cache(lambda: document(app))  # type: ignore[method-assign]
     install_error_handlers(app, state.metrics.refused)
     for family in FAMILIES:
         app.include_router(family.routes(state))

@@ -12,7 +12,7 @@ from tern.chat import ContentDelta, ReasoningDelta, ResponseEvent, Tokenizer, To
 from tern.engine import FinishReason, GeneratedToken
 from tern.server.body import JsonObject
 from tern.server.generation import Generation
-from tern.server.logprobs import chat_logprobs
+from tern.server.logprobs import chat_logprobs, prompt_logprobs
 from tern.server.progress import Progress, by_choice
 from tern.server.sink import Ending, Update
 from tern.server.streaming import DONE, sse, with_comments
@@ -21,7 +21,11 @@ from tern.server.usage import running_usage, total_usage
 
 @dataclass(frozen=True)
 class ChatShape:
-    """What the request says about the form of its answer. `num_top` is None when no log-probabilities are wanted."""
+    """What the request says about the form of its answer.
+
+    `num_top` is None when no log-probabilities are wanted, `num_prompt_top` when none of the prompt are.
+    `tokens_as_ids`: log-probabilities call tokens by their ids.
+    """
 
     answer_id: str
     created: int
@@ -33,6 +37,8 @@ class ChatShape:
     token_ids: bool
     usage_at_end: bool
     usage_always: bool
+    num_prompt_top: int | None = None
+    tokens_as_ids: bool = False
 
     def envelope(self, kind: str, choices: list[JsonObject]) -> JsonObject:
         """What every answer and chunk begins with."""
@@ -48,7 +54,7 @@ class ChatShape:
         """What the request wants to know of these tokens besides their text."""
         wanted: JsonObject = {"logprobs": None}
         if self.num_top is not None and tokens:
-            wanted["logprobs"] = chat_logprobs(self.tokenizer, tokens, self.num_top)
+            wanted["logprobs"] = chat_logprobs(self.tokenizer, tokens, self.num_top, as_ids=self.tokens_as_ids)
         if self.token_ids:
             wanted["token_ids"] = [token.token_id for token in tokens]
         return wanted
@@ -63,6 +69,8 @@ def whole_answer(shape: ChatShape, updates: Iterable[Update]) -> JsonObject:
     answer["usage"] = total_usage([endings]).json()
     if shape.token_ids:
         answer["prompt_token_ids"] = list(shape.prompt_token_ids)
+    if shape.num_prompt_top is not None:
+        answer["prompt_logprobs"] = prompt_logprobs(shape.tokenizer, progress[0].prompt, shape.num_prompt_top)
     return answer
 
 

@@ -13,6 +13,9 @@ from tern.server.body import JsonObject
 from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
 from tern.server.chat_plan import Asked, plan_chat, read_chat
 from tern.server.choices import start
+from tern.server.openapi import described
+from tern.server.openapi.answers import ChatCompletion, ChatCompletionChunk
+from tern.server.openapi.operations import GENERATING
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.fields import read_fields
 from tern.server.state import AppState
@@ -23,7 +26,17 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post(
+        "/v1/chat/completions",
+        **described(
+            "Answer a conversation",
+            ChatCompletion,
+            meaning="Answers a conversation, whole or as server-sent events: thought, answer and tool calls apart.",
+            request=ChatRequest,
+            chunk=ChatCompletionChunk,
+            errors=GENERATING,
+        ),
+    )
     async def create_chat_completion(http: Request) -> Response:
         arrived = time.monotonic()
         owner = owner_of(http, state.options.api_keys)
@@ -60,4 +73,6 @@ def _shape(state: AppState, asked: Asked) -> ChatShape:
         token_ids=request.return_token_ids,
         usage_at_end=request.usage_at_end,
         usage_always=request.usage_always,
+        num_prompt_top=request.prompt_logprobs,
+        tokens_as_ids=request.return_tokens_as_token_ids,
     )

@@ -76,6 +76,7 @@ def start(state: AppState, plan: Plan) -> Generation:
                 priority=plan.priority,
                 cache_salt=cache_salt(plan.owner),
                 choice_index=index % params.n,
+                prompt_sink=sink.score,
             )
         )
     return Generation(state.engine, mailbox, requests)

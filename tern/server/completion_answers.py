@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tern.chat import ContentDelta, Tokenizer
-from tern.engine import FinishReason, GeneratedToken
+from tern.engine import FinishReason, GeneratedToken, ScoredToken
 from tern.server.body import JsonObject
 from tern.server.generation import Generation
-from tern.server.logprobs import LegacyLogprobs
+from tern.server.logprobs import LegacyLogprobs, prompt_logprobs
 from tern.server.progress import Progress, by_choice
 from tern.server.sink import Ending, Update
 from tern.server.streaming import DONE, sse, with_comments
@@ -21,7 +21,8 @@ class CompletionShape:
     """What the request says about the form of its answer.
 
     `echoes[i]` is the text of prompt i if it is wanted before its completions, else empty. Choice c belongs to prompt
-    `c // choices_each`. `num_top` is None when no log-probabilities are wanted.
+    `c // choices_each`. `num_top` is None when no log-probabilities are wanted, `num_prompt_top` when none of the
+    prompt are wanted apart from those of what is echoed. `tokens_as_ids`: they call tokens by their ids.
     """
 
     answer_id: str
@@ -36,6 +37,8 @@ class CompletionShape:
     token_ids: bool
     usage_at_end: bool
     usage_always: bool
+    num_prompt_top: int | None = None
+    tokens_as_ids: bool = False
 
     @property
     def choices(self) -> int:
@@ -58,7 +61,9 @@ class CompletionShape:
 
     def logprobs(self, num_top: int) -> LegacyLogprobs:
         """What makes the log-probabilities of one choice."""
-        return LegacyLogprobs(self.tokenizer, num_top, skip_special_tokens=self.skip_special_tokens)
+        return LegacyLogprobs(
+            self.tokenizer, num_top, skip_special_tokens=self.skip_special_tokens, as_ids=self.tokens_as_ids
+        )
 
     def usage(self, endings: dict[int, Ending]) -> JsonObject:
         """The usage of all choices, once all have ended."""
@@ -74,13 +79,16 @@ class ChoiceWriter:
     def __init__(self, shape: CompletionShape, index: int) -> None:
         self._shape = shape
         self._index = index
+        self._prompt_ids = shape.prompts[shape.prompt_of(index)]
         self._echo = shape.echoes[shape.prompt_of(index)]
+        self._prompt: list[ScoredToken] = []
         self._logprobs = None if shape.num_top is None else shape.logprobs(shape.num_top)
         self._begun = False
         self._held: list[GeneratedToken] = []
 
     def piece(self, progress: Progress) -> JsonObject | None:
         """The choice's next piece, or None while there is nothing to say; tokens wait for the text they are part of."""
+        self._prompt += progress.prompt
         self._held += progress.tokens
         text = "".join(event.text for event in progress.events if isinstance(event, ContentDelta))
         if not text and progress.ending is None:
@@ -89,21 +97,28 @@ class ChoiceWriter:
         piece: JsonObject = {
             "index": self._index,
             "text": self._echo + text,
-            "logprobs": None if self._logprobs is None else self._logprobs.lists(tokens),
+            "logprobs": None if self._logprobs is None else self._lists(self._logprobs, tokens),
             "finish_reason": None,
             "stop_reason": None,
         }
-        self._echo = ""
         if self._shape.token_ids:
             piece["token_ids"] = [token.token_id for token in tokens]
             if not self._begun:
-                piece["prompt_token_ids"] = list(self._shape.prompts[self._shape.prompt_of(self._index)])
-        self._begun = True
+                piece["prompt_token_ids"] = list(self._prompt_ids)
+        if self._shape.num_prompt_top is not None:
+            piece["prompt_logprobs"] = prompt_logprobs(self._shape.tokenizer, self._prompt, self._shape.num_prompt_top)
+        self._begun, self._echo = True, ""
         if progress.ending is not None:
             length = progress.ending.finish.reason is FinishReason.LENGTH
             piece["finish_reason"] = "length" if length else "stop"
             piece["stop_reason"] = progress.ending.stop_reason
         return piece
+
+    def _lists(self, logprobs: LegacyLogprobs, tokens: Sequence[GeneratedToken]) -> JsonObject:
+        """The log-probabilities of the piece; what is echoed stands in its first."""
+        if not self._echo:
+            return logprobs.lists(tokens)
+        return logprobs.with_prompt(self._echo, [ScoredToken(self._prompt_ids[0]), *self._prompt], tokens)
 
 
 def whole_answer(shape: CompletionShape, updates: Iterable[Update]) -> JsonObject:

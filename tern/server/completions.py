@@ -17,6 +17,9 @@ from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.choices import Plan, start
 from tern.server.completion_answers import CompletionShape, stream_answer, whole_answer
+from tern.server.openapi import described
+from tern.server.openapi.answers import Completion
+from tern.server.openapi.operations import GENERATING
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from tern.server.schemas.fields import read_fields
 from tern.server.sink import PlainText
@@ -28,7 +31,17 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes."""
     router = APIRouter()
 
-    @router.post("/v1/completions")
+    @router.post(
+        "/v1/completions",
+        **described(
+            "Continue prompts",
+            Completion,
+            meaning="Continues plain prompts, whole or as server-sent events. There is no template: tags are text.",
+            request=CompletionRequest,
+            chunk=Completion,
+            errors=GENERATING,
+        ),
+    )
     async def create_completion(http: Request) -> Response:
         arrived = time.monotonic()
         owner = owner_of(http, state.options.api_keys)
@@ -78,9 +91,16 @@ def _read(state: AppState, fields: JsonObject) -> Asked:
     request.check()
     state.check_model(request.model)
     limit = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
-    params = request.sampling_params(state.model.generation.sampling_defaults(), max_tokens=limit)
+    params = request.sampling_params(
+        state.model.generation.sampling_defaults(), max_tokens=limit, prompt_logprobs=request.num_scored_top
+    )
     given = request.prompts()
     tokenizer = state.protocol.tokenizer
+    if request.add_special_tokens:  # from here on they are part of the prompt, and of its echo
+        given = [
+            prompt if isinstance(prompt, list) else tokenizer.encode(prompt, add_special_tokens=True)
+            for prompt in given
+        ]
     prompts = [tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in given]
     echoes = [_text(tokenizer, prompt) if request.echo else "" for prompt in given]
     return Asked(request, params, prompts, echoes, bad_word_sequences(tokenizer, params.bad_words))
@@ -104,4 +124,6 @@ def _shape(state: AppState, asked: Asked) -> CompletionShape:
         token_ids=asked.request.return_token_ids,
         usage_at_end=asked.request.usage_at_end,
         usage_always=asked.request.usage_always,
+        num_prompt_top=asked.request.prompt_logprobs,
+        tokens_as_ids=asked.request.return_tokens_as_token_ids,
     )

@@ -7,6 +7,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from tern import __version__
 from tern.server import metrics
+from tern.server.openapi import described
+from tern.server.openapi.answers import Health, Readiness, Version
 from tern.server.state import AppState
 
 WELCOME = """\
@@ -22,7 +24,7 @@ Tern serves {model} here. Try:
   GET  /v1/models              what is served
   POST /tokenize /detokenize   text to token ids and back
   GET  /health /ready          is it alive, does it take work
-  GET  /version{metrics}
+  GET  /version /openapi.json{metrics}
 """
 
 
@@ -30,7 +32,7 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes; none asks for an API key."""
     router = APIRouter()
 
-    @router.get("/", response_class=PlainTextResponse)
+    @router.get("/", response_class=PlainTextResponse, **described("What to try", meaning="Commands to try, as text."))
     async def welcome(http: Request) -> str:
         return WELCOME.format(
             model=state.model_name,
@@ -39,25 +41,29 @@ def routes(state: AppState) -> APIRouter:
             metrics=" /metrics" if state.options.metrics_port is None else "",
         )
 
-    @router.get("/health")
+    @router.get("/health", **described("Is it alive", Health, meaning="503 when the engine hangs.", also=(503,)))
     async def health() -> Response:
         age = state.engine.heartbeat_age()
         alive = state.engine.state in ("ready", "draining") and age < state.options.heartbeat_timeout
         report = {"status": "ok" if alive else "unhealthy", "engine": str(state.engine.state), "heartbeat_age": age}
         return JSONResponse(report, status_code=200 if alive else 503)
 
-    @router.get("/ready")
+    @router.get("/ready", **described("Does it take work", Readiness, meaning="503 when it does not.", also=(503,)))
     async def ready() -> Response:
         takes_work = state.engine.state == "ready"
         return JSONResponse({"ready": takes_work, "engine": str(state.engine.state)}, 200 if takes_work else 503)
 
-    @router.get("/version")
+    @router.get("/version", **described("Which version", Version, meaning="Tern's version."))
     async def tern_version() -> Response:
         return JSONResponse({"version": __version__})
 
     if state.options.metrics_port is None:
 
-        @router.get("/metrics")
+        @router.get(
+            "/metrics",
+            response_class=PlainTextResponse,
+            **described("Metrics", meaning="Prometheus' text format."),
+        )
         async def prometheus() -> Response:
             return Response(state.metrics.render(), media_type=metrics.CONTENT_TYPE)
 

@@ -7,6 +7,8 @@ from fastapi.responses import JSONResponse, Response
 
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
+from tern.server.openapi import described
+from tern.server.openapi.answers import ModelCard, ModelList
 from tern.server.state import AppState
 
 
@@ -14,12 +16,15 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes."""
     router = APIRouter()
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", **described("List models", ModelList, meaning="The one model there is.", errors=(401,)))
     async def list_models(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         return JSONResponse({"object": "list", "data": [_card(state)]})
 
-    @router.get("/v1/models/{model_id:path}")
+    @router.get(
+        "/v1/models/{model_id:path}",
+        **described("Show a model", ModelCard, meaning="The model, if it is the one there is.", errors=(401, 404)),
+    )
     async def retrieve_model(http: Request, model_id: str) -> Response:
         owner_of(http, state.options.api_keys)
         state.check_model(model_id)

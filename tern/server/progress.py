@@ -10,21 +10,23 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from tern.chat import ResponseEvent, ToolCallDelta
-from tern.engine import GeneratedToken
+from tern.engine import GeneratedToken, ScoredToken
 from tern.server.sink import Ending, Update
 
 
 @dataclass
 class Progress:
-    """The news of one choice: its events; its tokens; its ending, if it ended."""
+    """The news of one choice: its events; its tokens; its ending, if it ended; scored tokens of its prompt."""
 
     events: list[ResponseEvent] = field(default_factory=list)
     tokens: list[GeneratedToken] = field(default_factory=list)
     ending: Ending | None = None
+    prompt: list[ScoredToken] = field(default_factory=list)
 
     def take(self, update: Update) -> None:
         """Add one update."""
         self.events += update.events
+        self.prompt += update.prompt
         if update.token is not None:
             self.tokens.append(update.token)
         self.ending = update.ending or self.ending

@@ -81,7 +81,7 @@ def run_server(
             with ending.on_signals():
                 loaded = load()
                 state = AppState.create(loaded.engine, loaded.protocol, loaded.model, options, registry)
-                with _running(state):
+                with running(state):
                     ending.engine = loaded.engine
                     gate.open(create_app(state))
                     url = _url(listener)
@@ -103,8 +103,8 @@ def _wait(serving: Future[None]) -> None:
 
 
 @contextmanager
-def _running(state: AppState) -> Iterator[None]:
-    """The engine's thread, which ends before the text threads do."""
+def running(state: AppState) -> Iterator[None]:
+    """The engine's thread inside the block, which ends before the text threads do."""
     state.engine.start()
     try:
         yield

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tern.chat import ContentDelta, ParserState, ResponseEvent, TextStream, ToolCallDelta
-from tern.engine import CONTINUE, Finish, GeneratedToken, Steering
+from tern.engine import CONTINUE, Finish, GeneratedToken, ScoredToken, Steering
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,16 @@ class Ending:
 
 @dataclass(frozen=True)
 class Update:
-    """What one token, or the ending, brought to choice `index`. The last update of a choice carries its `ending`."""
+    """What one token, or the ending, brought to choice `index`. The last update of a choice carries its `ending`.
+
+    `prompt` are tokens of its prompt with their scores, before all else.
+    """
 
     index: int
     events: Sequence[ResponseEvent] = ()
     token: GeneratedToken | None = None
     ending: Ending | None = None
+    prompt: Sequence[ScoredToken] = ()
 
 
 class Mailbox:
@@ -140,6 +144,10 @@ class ChoiceSink:
     hidden_token_ids: frozenset[int] = frozenset()
     single_call: bool = False
     _cut: bool = field(default=False, init=False)
+
+    def score(self, tokens: Sequence[ScoredToken]) -> None:
+        """Take scores of the prompt: the `PromptSink` of the choice."""
+        self.deliver(Update(self.index, prompt=tokens))
 
     def push(self, token: GeneratedToken) -> Steering:
         """Take one token; the answer says whether to stop or to write tokens before the model goes on."""

@@ -9,6 +9,9 @@ from tern.errors import InvalidRequestError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.logprobs import token_name
+from tern.server.openapi import described
+from tern.server.openapi.answers import Detokenized, Tokenized
+from tern.server.openapi.operations import READING
 from tern.server.schemas.chat import check_template_kwargs
 from tern.server.schemas.fields import read_fields
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
@@ -19,13 +22,31 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes."""
     router = APIRouter()
 
-    @router.post("/tokenize")
+    @router.post(
+        "/tokenize",
+        **described(
+            "Text or chat to token ids",
+            Tokenized,
+            meaning="What the model reads for a text, or for a chat in the checkpoint's template.",
+            request=TokenizeRequest,
+            errors=READING,
+        ),
+    )
     async def tokenize(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)
         return JSONResponse(await state.offload.run(body.size, _tokenize, state, body.fields))
 
-    @router.post("/detokenize")
+    @router.post(
+        "/detokenize",
+        **described(
+            "Token ids to text",
+            Detokenized,
+            meaning="The text of token ids, control tokens spelt out.",
+            request=DetokenizeRequest,
+            errors=READING,
+        ),
+    )
     async def detokenize(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)
@@ -40,7 +61,7 @@ def _tokenize(state: AppState, fields: JsonObject) -> JsonObject:
     check_template_kwargs(request.chat_template_kwargs)
     state.check_model(request.model)
     if request.prompt is not None:
-        ids = list(state.protocol.tokenizer.encode(request.prompt))
+        ids = state.protocol.tokenizer.encode(request.prompt, add_special_tokens=request.add_special_tokens)
     else:
         kwargs = request.chat_template_kwargs or {}
         ids = list(state.protocol.prompt(request.messages or [], tools=request.tools, template_kwargs=kwargs).token_ids)

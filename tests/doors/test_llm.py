@@ -81,6 +81,30 @@ def test_logprobs_are_those_of_the_chosen_and_the_likeliest(llm: LLM) -> None:
     )
 
 
+def test_prompt_logprobs_are_what_each_token_would_have_had_as_an_answer(llm: LLM) -> None:
+    prompt = llm.get_tokenizer().encode("What is 12 + 34? 北京")
+    params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2)
+    [whole], [bare] = llm.generate({"prompt_token_ids": prompt}, params), llm.generate("a", GREEDY)
+    assert bare.prompt_logprobs is None
+    assert whole.prompt_logprobs is not None
+    assert whole.prompt_logprobs[0] is None
+    assert len(whole.outputs[0].token_ids) == 2
+    for place in range(1, len(prompt)):
+        one = SamplingParams(temperature=0, max_tokens=1, logprobs=2, allowed_token_ids=[prompt[place]])
+        [answered] = llm.generate({"prompt_token_ids": prompt[:place]}, one)
+        assert answered.outputs[0].token_ids == [prompt[place]]
+        assert answered.outputs[0].logprobs == [whole.prompt_logprobs[place]]
+
+
+def test_a_chat_is_scored_as_it_is_rendered(llm: LLM) -> None:
+    [scored] = llm.chat([{"role": "user", "content": "Hi"}], SamplingParams(max_tokens=0, prompt_logprobs=0, n=2))
+    assert scored.prompt_logprobs is not None
+    assert [list(each or {}) for each in scored.prompt_logprobs[1:]] == [
+        [token] for token in scored.prompt_token_ids[1:]
+    ]
+    assert [(out.text, out.token_ids, out.finish_reason) for out in scored.outputs] == [("", [], "length")] * 2
+
+
 def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:
     [free] = llm.generate("Hello", SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     text = free.outputs[0].text

@@ -7,14 +7,15 @@ beginning of (or all of) what the model says to its prompt alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from engine_fakes import EOS, HashModel, MemoryStore, Recorder, add, hash_context, make_engine
+from engine_fakes import EOS, HashModel, MemoryStore, Recorder, add, hash_context, make_engine, make_request
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tern.engine import FinishReason, Steering
+from tern.engine import FinishReason, ScoredToken, Steering
 
 MAX_LEN = 24
 MODEL = HashModel(length=MAX_LEN)
@@ -37,6 +38,7 @@ requests = st.fixed_dictionaries(
         "seed": st.one_of(st.none(), st.integers(0, 3)),  # None: greedy
         "script": scripts,
         "raise_at": st.one_of(st.none(), st.none(), st.integers(1, 8)),
+        "scored": st.booleans(),
     }
 )
 
@@ -110,6 +112,16 @@ def expected_draws(prompt: tuple[int, ...], limit: int, seed: int, script: Any) 
     return tuple(sink.ids)
 
 
+@lru_cache(maxsize=4096)
+def prompt_scores(prompt: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Every token of the prompt but the first, and its rank behind those before it: no engine, no cache, no batch."""
+    ranks = []
+    for place in range(1, len(prompt)):
+        row = MODEL.table[hash_context(list(prompt[:place]))]
+        ranks.append((prompt[place], int((row > row[prompt[place]]).sum()) + 1))
+    return ranks
+
+
 def answer_to(fields: dict[str, Any]) -> tuple[int, ...]:
     prompt, script = fields["prompt"], tuple(sorted(fields["script"].items()))
     limit = MAX_LEN if fields["max_tokens"] is None else len(prompt) + fields["max_tokens"]
@@ -129,7 +141,18 @@ def fit(fields: dict[str, Any]) -> dict[str, Any]:
 @example(  # two that grow in a pool for one
     size={"block_size": 2, "spare": 0, "max_num_seqs": 4, "budget": 9, "caching": "memory", "drafts": "half right"},
     plan=[
-        ("add", {"prompt": (5, 6, 7), "max_tokens": None, "priority": p, "seed": 1, "script": {}, "raise_at": None})
+        (
+            "add",
+            {
+                "prompt": (5, 6, 7),
+                "max_tokens": None,
+                "priority": p,
+                "seed": 1,
+                "script": {},
+                "raise_at": None,
+                "scored": p == 1,
+            },
+        )
         for p in (1, 0, 1, -1)
     ],
 )
@@ -149,21 +172,24 @@ def test_any_life_keeps_the_books_and_the_answers(size: dict[str, Any], plan: li
     if size["drafts"]:
         engine.scheduler.drafter = KnowingDrafts(size["drafts"], sinks)
     cancelled: set[int] = set()
+    scores: list[list[ScoredToken]] = []
     for kind, value in [*plan, ("step", 600)]:
         if kind == "add":
             fields = fit(value)
             script = {count: Steering(force=force) for count, force in fields["script"].items()}
             sink = Recorder(script=script, raise_at=fields["raise_at"])
             drawn = {} if fields["seed"] is None else {"temperature": 1.0, "seed": fields["seed"]}
-            add(
-                engine,
+            scores.append([])
+            request = make_request(
                 str(len(sinks)),
                 list(fields["prompt"]),
                 sink=sink,
                 max_tokens=fields["max_tokens"],
                 priority=fields["priority"],
+                prompt_logprobs=0 if fields["scored"] else None,
                 **drawn,
             )
+            engine.add(replace(request, prompt_sink=scores[-1].extend))
             sinks.append((fields, sink))
         elif kind == "cancel":
             if engine.cancel(str(value)):
@@ -181,6 +207,9 @@ def test_any_life_keeps_the_books_and_the_answers(size: dict[str, Any], plan: li
     assert all(len(batch.context_lens) <= engine.options.max_num_seqs for batch in MODEL.batches)
     for number, (fields, sink) in enumerate(sinks):
         answer = answer_to(fields)
+        wanted = prompt_scores(fields["prompt"]) if fields["scored"] else []
+        given = [(token.token_id, token.logprob and token.logprob.rank) for token in scores[number]]
+        assert given == (wanted[: len(given)] if number in cancelled and not sink.ids else wanted)
         assert tuple(sink.ids) == answer[: len(sink.ids)]
         assert sink.end.num_generated_tokens == len(sink.ids)
         if number in cancelled:

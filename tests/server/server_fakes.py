@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tern.chat import ChatProtocol
-from tern.engine import Finish, FinishReason, GeneratedToken, Request, TokenLogprob
+from tern.engine import Finish, FinishReason, GeneratedToken, Request, ScoredToken, TokenLogprob
 from tern.errors import ContextLengthError, EngineUnavailableError, QueueFullError
 from tern.server import AppState, ServerOptions, create_app
 from tern.server.run import listen, server_config
@@ -202,6 +202,11 @@ class ScriptedEngine:
         if self.fail_with is not None:
             self._finish(running, FinishReason.ERROR, message=self.fail_with)
             return
+        if running.pushed == 0 and running.request.params.prompt_logprobs is not None:
+            self._score_prompt(running.request)
+        if running.request.params.max_tokens == 0:
+            self._finish(running, FinishReason.LENGTH)
+            return
         token_id = running.script.popleft()
         self._push(running, token_id, self._with_logprobs(running.request, token_id))
 
@@ -222,6 +227,17 @@ class ScriptedEngine:
                     self._push(running, forced, GeneratedToken(forced, forced=True))
             if steering.force:
                 running.script = deque([*self.protocol.tokenizer.encode("forced answer\n</response>\n"), EOS])
+
+    def _score_prompt(self, request: Request) -> None:
+        """Score the token at place i with -i, in two runs; the likeliest there have ids from 6 on."""
+        scores = []
+        for place, token_id in enumerate(request.prompt_token_ids[1:], 1):
+            tops = tuple(TokenLogprob(5 + rank, -0.25 * rank, rank) for rank in range(1, 21))
+            top = tops[: request.params.prompt_logprobs]
+            scores.append(ScoredToken(token_id, TokenLogprob(token_id, float(-place), 30), top))
+        assert request.prompt_sink is not None
+        request.prompt_sink(scores[:2])
+        request.prompt_sink(scores[2:])
 
     def _with_logprobs(self, request: Request, token_id: int) -> GeneratedToken:
         if request.params.logprobs is None:

@@ -299,3 +299,26 @@ def test_a_failing_engine_is_an_error_and_not_an_answer(server: Live) -> None:
     assert all(choice["finish_reason"] is None for chunk in chunks[:-1] for choice in chunk["choices"])
     server.engine.fail_with = None
     server.still_serves()
+
+
+def test_prompt_logprobs_and_tokens_called_by_their_ids(server: Live) -> None:
+    answer = server.chat(prompt_logprobs=1, logprobs=True, top_logprobs=1, return_tokens_as_token_ids=True, n=2)
+    ids = server.engine.seen[0].prompt_token_ids
+    assert answer["prompt_logprobs"][0] is None
+    assert [
+        each[str(token)]["logprob"] for token, each in zip(ids[1:], answer["prompt_logprobs"][1:], strict=True)
+    ] == [float(-place) for place in range(1, len(ids))]
+    for choice in answer["choices"]:
+        first = choice["logprobs"]["content"][0]
+        assert first["token"] == f"token_id:{server.state.protocol.tokenizer.encode(bytes(first['bytes']).decode())[0]}"
+        assert first["top_logprobs"][0]["token"] == "token_id:6"
+    streamed = rebuild(server.stream(logprobs=True, return_tokens_as_token_ids=True))
+    assert all(entry["token"].startswith("token_id:") for entry in streamed["logprobs"]["content"])
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 0}, {"prompt_logprobs": 1, "stream": True}])
+def test_scores_that_a_chat_cannot_have(server: Live, fields: dict[str, Any]) -> None:
+    response = server.client.post("/v1/chat/completions", json={"messages": USER, **fields})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == next(iter(fields))
+    server.still_serves()

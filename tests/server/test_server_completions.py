@@ -84,6 +84,11 @@ def test_choices_are_numbered_by_prompt_and_then_by_choice(server: Live) -> None
         {"stop": "rest"},
         {"max_tokens": 6},
         {"max_tokens": 1},
+        {"echo": True, "logprobs": 2},
+        {"echo": True, "logprobs": 0, "return_token_ids": True, "return_tokens_as_token_ids": True},
+        {"echo": True, "logprobs": 1, "max_tokens": 0},
+        {"echo": True, "max_tokens": 0},
+        {"prompt": "龘 a", "echo": True, "logprobs": 1},
     ],
 )
 def test_a_stream_says_what_the_whole_answer_says(server: Live, fields: dict[str, Any]) -> None:
@@ -110,6 +115,93 @@ def test_legacy_logprobs(server: Live) -> None:
     assert all("a bird"[offset:].startswith(token) for offset, token in zip(offsets, tokens, strict=False))
     assert all(top[token] == -0.5 for token, top in zip(tokens, logprobs["top_logprobs"], strict=False))
     assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+
+
+def test_echo_with_logprobs_begins_with_those_of_the_prompt(server: Live) -> None:
+    server.engine.answers.append(" upon")
+    choice = complete(server, prompt="Once 龘 is", echo=True, logprobs=2)["choices"][0]
+    assert choice["text"] == "Once 龘 is upon"
+    ids = server.state.protocol.tokenizer.encode("Once 龘 is")
+    assert server.engine.seen[0].params.prompt_logprobs == 2
+    lists = choice["logprobs"]
+    assert lists["token_logprobs"][: len(ids) + 1] == [None, *(float(-place) for place in range(1, len(ids))), -0.5]
+    assert lists["top_logprobs"][0] is None
+    assert all(len(top) == 3 for top in lists["top_logprobs"][1 : len(ids)])
+    assert len({len(values) for values in lists.values()}) == 1
+    for name, offset in zip(lists["tokens"][:-1], lists["text_offset"], strict=False):
+        assert name.startswith("bytes:") or choice["text"][offset:].startswith(name)
+    assert lists["text_offset"][len(ids)] == len("Once 龘 is")
+
+
+def test_a_prompt_is_scored_and_nothing_generated(server: Live) -> None:
+    """lm-eval's way to a log-likelihood: context and continuation as the prompt, echoed with log-probabilities."""
+    tokenizer = server.state.protocol.tokenizer
+    context, continuation = tokenizer.encode("The weather in"), tokenizer.encode(" Beijing")
+    for most in (0, 1):
+        choice = complete(server, prompt=[context + continuation], echo=True, logprobs=1, max_tokens=most)["choices"][0]
+        scores = choice["logprobs"]["token_logprobs"]
+        assert len(scores) == len(context + continuation) + most
+        assert scores[len(context) :][: len(continuation)] == [
+            float(-place) for place in range(len(context), len(context + continuation))
+        ]
+        assert choice["finish_reason"] == "length"
+    assert complete(server, prompt="Once", echo=True, max_tokens=0)["choices"][0]["text"] == "Once"
+    assert complete(server, echo=True, max_tokens=0)["usage"]["completion_tokens"] == 0
+
+
+def test_every_choice_of_every_prompt_is_echoed_with_its_own_scores(server: Live) -> None:
+    answer = complete(server, prompt=["ab", "xyz"], n=2, echo=True, logprobs=0, max_tokens=0)
+    assert [choice["text"] for choice in answer["choices"]] == ["ab", "ab", "xyz", "xyz"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in answer["choices"]] == [2, 2, 3, 3]
+
+
+def test_prompt_logprobs_in_vllms_form(server: Live) -> None:
+    choice = complete(server, prompt="xyz", prompt_logprobs=1)["choices"][0]
+    first, second, third = server.state.protocol.tokenizer.encode("xyz")
+    assert choice["logprobs"] is None
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            str(second): {"logprob": -1.0, "rank": 30, "decoded_token": "y"},
+            "6": {"logprob": -0.25, "rank": 1, "decoded_token": server.state.protocol.tokenizer.token_text(6)},
+        },
+        {
+            str(third): {"logprob": -2.0, "rank": 30, "decoded_token": "z"},
+            "6": {"logprob": -0.25, "rank": 1, "decoded_token": server.state.protocol.tokenizer.token_text(6)},
+        },
+    ]
+    assert complete(server, prompt=[first], prompt_logprobs=0)["choices"][0]["prompt_logprobs"] == [None]
+    assert "prompt_logprobs" not in complete(server, echo=True, logprobs=2)["choices"][0]
+
+
+def test_tokens_called_by_their_ids(server: Live) -> None:
+    server.engine.answers.append("bird")
+    lists = complete(server, prompt="ab", echo=True, logprobs=1, return_tokens_as_token_ids=True)
+    ids = server.state.protocol.tokenizer.encode("abbird")
+    logprobs = lists["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == [f"token_id:{token}" for token in [*ids, 2]]
+    assert set(logprobs["top_logprobs"][1]) == {f"token_id:{ids[1]}", "token_id:6"}
+    assert logprobs["text_offset"][:3] == [0, 1, 2]
+
+
+def test_special_tokens_are_added_when_asked_for(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = server.state.protocol.tokenizer
+    plain = tokenizer.encode
+
+    def with_begin(text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return [1] * add_special_tokens + plain(text)
+
+    monkeypatch.setattr(tokenizer, "encode", with_begin)
+    for added in (False, True):
+        server.engine.seen.clear()
+        answer = complete(server, prompt="Once", add_special_tokens=added, echo=True, max_tokens=0)
+        assert server.engine.seen[0].prompt_token_ids == tuple([1] * added + plain("Once"))
+        assert answer["choices"][0]["text"] == "<s>" * added + "Once"
+    for path, body in (("/v1/completions", {"prompt": [5, 6], "max_tokens": 1}), ("/tokenize", {"prompt": "Once"})):
+        response = server.client.post(path, json={**body, "add_special_tokens": True})
+        assert response.status_code == 200
+    assert server.engine.seen[-1].prompt_token_ids == (5, 6)
+    assert response.json()["tokens"] == [1, *plain("Once")]
 
 
 def test_text_offsets_count_characters_and_not_the_names_of_half_ones(server: Live) -> None:
@@ -146,7 +238,12 @@ def test_usage_at_the_end_of_a_stream(server: Live) -> None:
         ({"prompt": [True]}, "prompt"),
         ({"prompt": ["a"] * 1025}, "prompt"),
         ({"prompt": ["a"] * 9, "n": 128}, "prompt"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        ({"allowed_token_ids": [0.5]}, "allowed_token_ids"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"use_beam_search": True}, "use_beam_search"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"suffix": "end"}, "suffix"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from tern.errors import InvalidRequestError, UnsupportedFeatureError
+from tern.errors import InvalidRequestError
 from tern.server.schemas.sampling import FLAG, WHOLE, SamplingFields
 
 DEFAULT_MAX_TOKENS = 16
@@ -23,15 +23,23 @@ class CompletionRequest(SamplingFields):
     prompt: Any = Field(description="text, a list of texts, a list of token ids or a list of such lists")
     echo: bool = Field(False, description=FLAG)
     logprobs: int | None = Field(None, description=WHOLE)
+    add_special_tokens: bool = Field(False, description=FLAG)
 
     def check(self) -> None:
-        """Refuse fields that contradict each other and combinations that are not served yet."""
+        """Refuse fields that contradict each other."""
         self.check_common()
-        if self.echo and self.logprobs is not None:
-            raise UnsupportedFeatureError(
-                "echo together with logprobs is not supported yet: log-probabilities of the prompt are not computed.",
-                param="echo",
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                "max_tokens is 0, so that nothing would be answered: ask for at least 1, or for echo or "
+                "prompt_logprobs.",
+                param="max_tokens",
             )
+
+    @property
+    def num_scored_top(self) -> int | None:
+        """How many likeliest tokens the engine shall name for each token of the prompt; None: it shall score none."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None, 0 if self.max_tokens == 0 else None]
+        return max((count for count in wanted if count is not None), default=None)
 
     def prompts(self) -> list[Prompt]:
         """Every prompt, as text or as token ids."""

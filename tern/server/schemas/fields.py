@@ -30,7 +30,6 @@ IGNORED: Mapping[str, str] = {
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
-    "allowed_token_ids": ([],),
     "audio": (),
     "bad_words_token_ids": ([],),
     "best_of": (1,),
@@ -55,9 +54,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
     "structural_tag": (),
     "structured_outputs": (),
@@ -76,6 +73,9 @@ INSTEAD: Mapping[str, str] = {
     "chat_template": "the template is the checkpoint's own",
     "cache_salt": "the server keeps the caches of different keys apart",
     "truncate_prompt_tokens": "prompts are never cut",
+    "best_of": "ask for n choices with logprobs and take the one you like best",
+    "suffix": "this model writes on and fills no gaps, so put all that it shall know into prompt",
+    "use_beam_search": "sample, or ask for n choices",
     "enable_thinking": "write chat_template_kwargs.enable_thinking",
 }
 """The way out, where there is one."""

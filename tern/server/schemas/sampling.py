@@ -59,6 +59,9 @@ class SamplingFields(Schema):
     skip_special_tokens: bool = Field(True, description=FLAG)
     priority: int = Field(0, description=WHOLE)
     return_token_ids: bool = Field(False, description=FLAG)
+    return_tokens_as_token_ids: bool = Field(False, description=FLAG)
+    prompt_logprobs: int | None = Field(None, description=WHOLE)
+    allowed_token_ids: list[Any] | None = Field(None, description=IDS)
 
     @property
     def usage_at_end(self) -> bool:
@@ -75,6 +78,11 @@ class SamplingFields(Schema):
         if abs(self.priority) > MAX_PRIORITY:
             raise InvalidRequestError(
                 f"priority is {self.priority}: it must be from -{MAX_PRIORITY} to {MAX_PRIORITY}.", param="priority"
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequestError(
+                "prompt_logprobs is given but stream is true: a stream does not carry them, leave one of the two out.",
+                param="prompt_logprobs",
             )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequestError(

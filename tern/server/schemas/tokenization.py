@@ -19,6 +19,7 @@ class TokenizeRequest(Schema):
     messages: list[Any] | None = Field(None, description="a list of messages")
     tools: list[Any] | None = Field(None, description="a list of tools")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="an object")
+    add_special_tokens: bool = Field(False, description=FLAG)
     return_token_strs: bool = Field(False, description=FLAG)
 
     def check(self) -> None:
@@ -27,6 +28,11 @@ class TokenizeRequest(Schema):
             raise InvalidRequestError("Give either prompt (text) or messages (a chat).", param="prompt")
         if self.prompt is not None and self.tools is not None:
             raise InvalidRequestError("tools belong to messages, not to a prompt: leave them out.", param="tools")
+        if self.prompt is None and self.add_special_tokens:
+            raise InvalidRequestError(
+                "add_special_tokens belongs to prompt, a template writes its own: leave it out.",
+                param="add_special_tokens",
+            )
 
 
 class DetokenizeRequest(Schema):

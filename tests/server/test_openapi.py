@@ -1,0 +1,254 @@
+"""/openapi.json is complete and true: requests are accepted as it says, and answers are what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import OpenAPIV31SpecValidator
+from server_fakes import USER, WEATHER_CALL, WEATHER_TOOL, Live
+
+from tern.engine.sampling_params import SamplingParams
+from tern.errors import InvalidRequestError
+from tern.server import create_app
+from tern.server.app import FAMILIES
+from tern.server.batch.run import post
+from tern.server.openapi.fields import ABOUT, about
+from tern.server.openapi.operations import SCHEMAS
+from tern.server.schemas.chat import ChatRequest
+from tern.server.schemas.completion import CompletionRequest
+from tern.server.schemas.fields import IGNORED, NEUTRAL, Schema
+from tern.server.schemas.sampling import StreamOptions
+from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
+from tern.server.unsupported import NOT_YET
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+REQUESTS: dict[str, tuple[type[Schema], dict[str, Any]]] = {
+    CHAT: (ChatRequest, {"messages": USER}),
+    COMPLETION: (CompletionRequest, {"prompt": "Once"}),
+    "/tokenize": (TokenizeRequest, {"prompt": "Once"}),
+    "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
+}
+
+
+@pytest.fixture
+def described(server: Live) -> dict[str, Any]:
+    response = server.client.get("/openapi.json")
+    assert response.status_code == 200
+    document: dict[str, Any] = response.json()
+    return document
+
+
+def validator(document: dict[str, Any], schema: dict[str, Any]) -> Draft202012Validator:
+    return Draft202012Validator({**schema, "components": document["components"]})
+
+
+def body_schema(document: dict[str, Any], path: str) -> dict[str, Any]:
+    schema: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    return schema
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            yield path, method, operation
+
+
+def test_the_document_is_valid_openapi(described: dict[str, Any]) -> None:
+    OpenAPIV31SpecValidator(described).validate()
+    assert described["openapi"].startswith("3.1")
+
+
+def test_every_route_says_what_it_does(described: dict[str, Any]) -> None:
+    found = list(operations(described))
+    assert {path for path, _, _ in found} >= {*REQUESTS, "/", "/health", "/ready", "/version", "/metrics", "/v1/models"}
+    for path, method, operation in found:
+        assert operation["summary"], path
+        assert len(operation["description"]) > 10, path
+        assert ("requestBody" in operation) == (method == "post"), path
+        assert all(answer["description"] for answer in operation["responses"].values()), path
+        (form,) = operation["responses"]["200"]["content"].values() if method == "get" else [None]
+        assert form is None or form["schema"], f"{path} does not say what it answers"
+
+
+def test_every_route_is_described(server: Live) -> None:
+    for family in FAMILIES:
+        for route in family.routes(server.state).routes:
+            assert isinstance(route, APIRoute)
+            if route.path not in NOT_YET:
+                assert SCHEMAS in (route.openapi_extra or {}), f"declare {route.path} with `described`"
+                assert route.include_in_schema
+
+
+@pytest.mark.parametrize("schema", [*(schema for schema, _ in REQUESTS.values()), StreamOptions])
+def test_every_field_says_what_it_means(schema: type[Schema]) -> None:
+    missing = [name for name in schema.model_fields if about(schema.__name__, name) is None]
+    assert not missing, f"describe {missing} in tern/server/openapi/fields.py"
+
+
+def test_nothing_is_described_that_no_request_has() -> None:
+    fields = {
+        name for schema in [*(schema for schema, _ in REQUESTS.values()), StreamOptions] for name in schema.model_fields
+    }
+    assert {key.split(".")[-1] for key in ABOUT} <= fields
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_the_fields_described_are_those_accepted(described: dict[str, Any], path: str) -> None:
+    name = body_schema(described, path)["$ref"].split("/")[-1]
+    component = described["components"]["schemas"][name]
+    assert component["properties"].keys() == REQUESTS[path][0].model_fields.keys() | IGNORED.keys() | NEUTRAL.keys()
+    assert component["additionalProperties"] is False
+
+
+PROBES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 0.5, -0.5, 21, 129, 2**31 - 1, 2**31, -(2**31), 2**63, 10.5, -101, 101),
+    *("", "x", "none", "auto", "medium", "x" * 4097, [], ["x"], [""], [1], [-1], [0.5], [[]], [[1]], ["x"] * 65),
+    *(
+        {},
+        {"1": 1},
+        {"1": 101},
+        {"x": 1},
+        {"enable_thinking": True},
+        {"enable_thinking": 1},
+        {"type": "text"},
+        ["text"],
+    ),
+    *({"include_usage": True}, {"include_usage": None}, {"other": 1}, [{"role": "user", "content": "x"}]),
+    *(
+        [{"role": "user"}],
+        [{"role": "you", "content": "x"}],
+        [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+    ),
+    *(
+        [{"role": "user", "content": 5}],
+        [WEATHER_TOOL],
+        [{"type": "function"}],
+        [{"type": "x", "function": {"name": "a"}}],
+    ),
+]
+COMPANIONS: dict[str, dict[str, Any]] = {
+    "stream_options": {"stream": True},
+    "top_logprobs": {"logprobs": True},
+}
+"""What a field cannot be given without."""
+
+BEYOND = {
+    "model": "one is served",
+    "messages": "what a message must hold depends on its role",
+    "max_tokens": "0 is for prompts that are scored or echoed",
+    "max_completion_tokens": "the model's length bounds it",
+    "min_tokens": "is at most max_tokens",
+    "n": "the engine takes so many at once",
+    "tokens": "ids may be outside of the vocabulary",
+    "prompt": "ids may be outside of the vocabulary",
+    "metadata": "FastDeploy's switches are no labels",
+}
+"""Fields whose values can be wrong in a way that their description cannot say."""
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_values_are_accepted_as_described(server: Live, described: dict[str, Any], path: str) -> None:
+    server.engine.queue_limit = 0  # what is good is refused by a full queue
+    app = create_app(server.state)
+    schema, base = REQUESTS[path]
+    check = validator(described, body_schema(described, path))
+    unserved = [*PROBES[:6], *PROBES[18:22], [], {}, ["text"], {"type": "text"}]
+    cases = [(field, value) for field in schema.model_fields for value in PROBES]
+    cases += [
+        (field, value) for field in (*IGNORED, *NEUTRAL) if field not in schema.model_fields for value in unserved
+    ]
+
+    async def wrong() -> AsyncIterator[str]:
+        for field, value in cases:
+            body = {**base, **COMPANIONS.get(field, {}), field: value}
+            if path == "/tokenize" and field in ("messages", "tools"):
+                body = {"messages": USER, field: value}
+            status, answer = await post(app, path, json.dumps(body).encode())
+            assert status in (200, 400, 404, 429), answer
+            good, fits = status in (200, 429), check.is_valid(body)
+            if fits != good and not (fits and field in BEYOND):
+                yield f"{field}={value!r:.60}: described as {fits}, answered with {answer[:200]!r}"
+
+    async def all_wrong() -> list[str]:
+        return [complaint async for complaint in wrong()]
+
+    assert asyncio.run(all_wrong()) == []
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+def test_ranges_end_where_they_are_said_to(described: dict[str, Any], path: str) -> None:
+    name = body_schema(described, path)["$ref"].split("/")[-1]
+    scored = {"prompt_logprobs": 0} if path == COMPLETION else {}  # with it, max_tokens may be 0
+    tried = 0
+    for field, found in described["components"]["schemas"][name]["properties"].items():
+        for form in found.get("anyOf", [found]):
+            if field not in SamplingParams.__dataclass_fields__ or "maximum" not in form:
+                continue
+            others: dict[str, Any] = {"max_tokens": None} if field == "min_tokens" else scored
+            step = 1 if form["type"] == "integer" else 0.001
+            for end, beyond in (("minimum", -step), ("maximum", step)):
+                if end in form:
+                    SamplingParams(**{**others, field: form[end]})
+                    with pytest.raises(InvalidRequestError, match=field):
+                        SamplingParams(**{**others, field: form[end] + beyond})
+                    tried += 1
+    assert tried > 20
+
+
+ANSWERED: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {}),
+    (CHAT, {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "prompt_logprobs": 1, "n": 2}),
+    (CHAT, {"tools": [WEATHER_TOOL]}),
+    (CHAT, {"max_tokens": 3}),
+    (CHAT, {"stop": "How"}),
+    (COMPLETION, {"echo": True, "logprobs": 2, "n": 2}),
+    (COMPLETION, {"return_token_ids": True, "prompt_logprobs": 1, "max_tokens": 0}),
+    (COMPLETION, {"stop_token_ids": [5]}),
+    ("/tokenize", {}),
+    ("/tokenize", {"return_token_strs": True}),
+    ("/detokenize", {}),
+]
+
+
+@pytest.mark.parametrize(("path", "fields"), ANSWERED)
+def test_answers_are_as_described(server: Live, described: dict[str, Any], path: str, fields: dict[str, Any]) -> None:
+    responses = described["paths"][path]["post"]["responses"]
+    good = responses["200"]["content"]
+    body = {**REQUESTS[path][1], **fields}
+    if "tools" in fields:
+        server.engine.answers.extend([WEATHER_CALL] * 2)
+    validator(described, body_schema(described, path)).validate(body)
+    answer = server.client.post(path, json=body)
+    assert answer.status_code == 200
+    validator(described, good["application/json"]["schema"]).validate(answer.json())
+    wrong = server.client.post(path, json={**body, "nonsense": 1})
+    validator(described, responses["400"]["content"]["application/json"]["schema"]).validate(wrong.json())
+    if "text/event-stream" not in good or "prompt_logprobs" in fields:
+        return
+    chunk = validator(described, good["text/event-stream"]["schema"])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = server.stream(path, **body, stream_options=options)
+    assert len(chunks) > 1
+    for each in chunks:
+        chunk.validate(each)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tern-test", "/health", "/ready", "/version"])
+def test_what_is_asked_by_get_is_as_described(server: Live, described: dict[str, Any], path: str) -> None:
+    known = path.replace("tern-test", "{model_id}")
+    schema = described["paths"][known]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    answer = server.client.get(path)
+    assert answer.status_code == 200
+    validator(described, schema).validate(answer.json())
+
+
+def test_the_comparison_would_notice_a_field_too_many(described: dict[str, Any]) -> None:
+    schema = described["paths"]["/version"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert not validator(described, schema).is_valid({"version": "1", "more": 2})
+    assert not validator(described, schema).is_valid({})
