@@ -43,7 +43,8 @@ def routes(state: AppState) -> APIRouter:
         plan = plan_chat(state, asked, request_id=form.answer_id, owner=owner, arrived=arrived)
         return await deliver(state, http, plan, chat, ResponseWriter(form), stream=request.stream)
 
-    @router.api_route("/v1/responses/{response_id}", methods=["GET", "DELETE"])
+    @router.get("/v1/responses/{response_id}")
+    @router.delete("/v1/responses/{response_id}")
     async def find_response(http: Request, response_id: str) -> Response:
         owner_of(http, state.options.api_keys)
         raise NotKeptError(f"There is no response {response_id[:100]!r}: {KEPT_NOWHERE}.")

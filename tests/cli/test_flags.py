@@ -118,7 +118,7 @@ def test_volatile_lines_are_dropped_unless_kept(
     monkeypatch: pytest.MonkeyPatch, flags: list[str], dropped: bool
 ) -> None:
     given: list[ServerOptions] = []
-    monkeypatch.setattr("tern.cli.serve._open_and_run", lambda *arguments: given.append(arguments[-1]))
+    monkeypatch.setattr("tern.server.run_server", lambda _, options, **__: given.append(options))
     with pytest.raises(SystemExit):
         main(["serve", *flags])
     assert [options.drop_volatile_lines for options in given] == [dropped]
