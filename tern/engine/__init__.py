@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         GeneratedToken,
         Request,
         Steering,
+        TokenGrammar,
         TokenLogprob,
         TokenSink,
     )
@@ -38,6 +39,7 @@ __all__ = [
     "SamplingParams",
     "ServiceState",
     "Steering",
+    "TokenGrammar",
     "TokenLogprob",
     "TokenSink",
 ]
