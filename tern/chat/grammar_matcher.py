@@ -111,6 +111,8 @@ class AnswerGrammar:
             if taken:
                 self._matcher.rollback(taken)
             return False
+        if self._matcher.is_error():
+            raise GrammarError(f"a token could not be taken{self._reason()}")
         ended = matched_then is None and (token_id in self._vocabulary.end_ids or self._matcher.is_stopped())
         self._ahead.append(token_id)
         self._places.append(_Place(matched_then, place.consumed + taken, ended))

@@ -60,13 +60,13 @@ class GrammarVocabulary:
 
     def spell(self, text: bytes) -> list[int]:
         """Tokens that spell `text`, whichever."""
-        ids: list[int] = self.library.greedy_tokenize(text.decode())
+        ids: list[int] = self.library.greedy_tokenize(text.decode(errors="replace"))
         return ids
 
     def _thought_mask(self, matched: int) -> Mask:
         rest = _TAG[matched:]
         closing = (i for i, text in enumerate(self.bytes) if b">" in text and (text.startswith(rest) or _TAG in text))
-        forbidden = set(self.end_ids)
+        forbidden = set(self.special_ids if matched else self.end_ids)  # shown as text they would break the tag
         for token_id in closing:
             follows = self.read_thought(matched, token_id)[1]
             if follows is not None and follows.strip(b"\n"):

@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 NOT_FINITE = "The model gave no finite score for any next token; its weights or its number format are damaged."
 ALL_MASKED = "logit_bias, bad_words and min_tokens together forbid every next token; relax one of them."
-GRAMMAR_FAILED = "The grammar of this request cannot go on from here: it allows no next token or is too costly; simplify it."
+GRAMMAR_FAILED = (
+    "The grammar of this request cannot go on from here: it allows no next token or is too costly; simplify it."
+)
 
 
 class SamplingRow(Protocol):
@@ -98,7 +100,6 @@ class Sampler:
             for row, token in enumerate(tokens.tolist())
         ]
 
-
     def _masks(
         self, sequences: Ordered[SamplingRow], vocab: int, broken: dict[int, str]
     ) -> dict[int, npt.NDArray[np.uint32]]:
@@ -134,9 +135,7 @@ def _not_finite_rows(peaks: Tensor) -> list[int]:
     return [row for row, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
 
 
-def _edit(
-    logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow], held: Container[int]
-) -> None:
+def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow], held: Container[int]) -> None:
     """Apply bias, penalties and masks to `rows` of `logits` [rows, vocab], in place.
 
     The masks of rows that are `held` by a grammar stand in the grammar's.

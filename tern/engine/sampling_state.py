@@ -77,9 +77,7 @@ class SamplingState:
     `ignored_ids` are the model's end tokens when they are to be ignored.
     """
 
-    def __init__(
-        self, request: Request, stop_ids: frozenset[int], ignored_ids: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, request: Request, stop_ids: frozenset[int], ignored_ids: frozenset[int] = frozenset()) -> None:
         params = request.params
         self.params = params
         self.grammar = request.grammar
