@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tern.engine.sampling_params import SamplingParams
     from tern.engine.service import EngineService, ServiceState
     from tern.engine.stats import EngineStats
+    from tern.engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "CONTINUE",
@@ -39,6 +40,7 @@ __all__ = [
     "SamplingParams",
     "ServiceState",
     "Steering",
+    "StructuredOutputsParams",
     "TokenGrammar",
     "TokenLogprob",
     "TokenSink",
@@ -51,6 +53,7 @@ _HOMES = {
     "SamplingParams": "sampling_params",
     "EngineService": "service",
     "ServiceState": "service",
+    "StructuredOutputsParams": "structured_outputs",
 }
 
 

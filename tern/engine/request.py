@@ -112,8 +112,8 @@ class Request:
 
     `bad_token_sequences` are the tokenised `bad_words`. `cache_salt` keeps prefix-cache entries of different owners
     apart. Of equal `priority` the earlier request goes first; lower values go before higher ones.
-    `choice_index` shifts the seed so that choices of one request differ. `grammar` binds this one sequence: it wins over
-    `min_tokens`, `ignore_eos` and bad words where they would leave it no token.
+    `choice_index` shifts the seed so that choices of one request differ. `grammar` binds this one sequence: it wins
+    over `min_tokens`, `ignore_eos` and bad words where they would leave it no token.
     """
 
     request_id: str

@@ -37,7 +37,7 @@ class StructuredOutputsParams:
             raise InvalidRequestError(f"{param} is {getattr(self, given[0])!r:.60}: it must be {demand}.", param=param)
 
 
-def _demand(name: str, value: object) -> str:
+def _demand(name: str, value: Any) -> str:
     """What a value must be and is not; "" if it is."""
     if name == "json":
         return "" if isinstance(value, Mapping | str) else "a JSON Schema, an object"

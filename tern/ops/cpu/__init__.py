@@ -38,6 +38,7 @@ __all__ = [
     "draw",
     "instruction_sets",
     "largest",
+    "keep_allowed",
     "linear_packed",
     "machine",
     "mix_experts_packed",
