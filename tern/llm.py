@@ -350,7 +350,7 @@ class LLM:
                 sink=collector,
                 bad_token_sequences=bad,
                 choice_index=index,
-                grammar=job.grammar and job.grammar.start(),
+                grammar=job.grammar.start() if job.grammar else None,
             )
 
     def _step_until_done(self, jobs: list[_Job], *, show_progress: bool) -> None:

@@ -20,7 +20,7 @@ MAX_LENGTH_BOUND = 65_536
 """The largest `minLength`, `minItems` and their like: an answer is never longer."""
 
 _JSON_OPTIONS = {
-    "whitespace_pattern": r" |\n {0,32}|\n\t{0,8}",  # bounded, or a hot model writes blanks for ever
+    "whitespace_pattern": r" |\n {0,16}|\n\t{0,8}",  # bounded, or a hot model writes blanks for ever
     "json_allowed_escapes": 'nrbtf\\"',  # with \u a key could be another one in disguise
 }
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")

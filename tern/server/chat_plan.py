@@ -110,7 +110,7 @@ def plan_chat(state: AppState, asked: Asked, *, request_id: str, owner: str | No
             opens_response=asked.grammar is None or asked.rules.only_content,
         ),
         new_parser=lambda: asked.parser,
-        new_grammar=lambda: asked.grammar and asked.grammar.start(),
+        new_grammar=lambda: asked.grammar.start() if asked.grammar else None,
         arrived=arrived,
         owner=owner,
         priority=request.priority,

@@ -47,7 +47,7 @@ def routes(state: AppState) -> APIRouter:
             arrived=arrived,
             owner=owner,
             priority=asked.request.priority,
-            new_grammar=lambda: asked.grammar and asked.grammar.start(),
+            new_grammar=lambda: asked.grammar.start() if asked.grammar else None,
         )
         generation = start(state, plan)
         try:
