@@ -30,7 +30,7 @@ _BOUNDS = ("minLength", "minItems", "minProperties")
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")  # controls that have no short escape
 _UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]+)"')
 _FAULT = re.compile(r"failed to compile JSON schema: (.*?)(?:\n\s+\d+ \||$)", re.DOTALL)
-_MAX_TRIES = 400
+_MAX_TRIES = 64
 
 Schema = Mapping[str, Any] | bool
 

@@ -11,8 +11,9 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from grammar_fakes import Schema, bits, random_schema, read
+from grammar_fakes import bits, read
 
+from benchmarks.random_schemas import Schema, random_schema
 from tern.chat import AnswerForm, AnswerRules, GrammarCompiler, ParserState, Tokenizer, parse_held_response
 from tern.chat.grammar_matcher import AnswerGrammar, GrammarError
 from tern.chat.grammar_vocabulary import GrammarVocabulary
