@@ -138,7 +138,7 @@ class GrammarCompiler:
             if found is not None:
                 return found
         place = grammar.parts[0].place if len(grammar.parts) == 1 else grammar.place
-        reason = " ".join(fault.split("\n")[0].split())
+        reason = " ".join(fault.split("<non-verbose/>")[0].split())
         return InvalidRequestError(f"{place} makes no usable grammar ({reason:.200}): change it.", param=place)
 
     def _fault_of_rule(self, rule: str) -> str | None:

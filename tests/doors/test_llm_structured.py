@@ -17,7 +17,10 @@ from tern.errors import InvalidRequestError
 QUESTIONS = ["What is the weather in Beijing?", "北京在哪里？", "What is 12 + 34?"]
 SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"a": {"type": "string", "maxLength": 10}, "b": {"type": "array", "items": {"type": "boolean"}}},
+    "properties": {
+        "a": {"type": "string", "maxLength": 10},
+        "b": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
+    },
     "required": ["a", "b"],
     "additionalProperties": False,
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import USER, WEATHER_TOOL, Live, ScriptedEngine, serve
+from server_fakes import USER, Live, ScriptedEngine, serve
 
 from tern.chat import ChatProtocol
 
