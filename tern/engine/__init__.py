@@ -20,12 +20,14 @@ if TYPE_CHECKING:
         Request,
         ScoredToken,
         Steering,
+        TokenGrammar,
         TokenLogprob,
         TokenSink,
     )
     from tern.engine.sampling_params import SamplingParams
     from tern.engine.service import EngineService, ServiceState
     from tern.engine.stats import EngineStats
+    from tern.engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "CONTINUE",
@@ -42,6 +44,8 @@ __all__ = [
     "ScoredToken",
     "ServiceState",
     "Steering",
+    "StructuredOutputsParams",
+    "TokenGrammar",
     "TokenLogprob",
     "TokenSink",
 ]
@@ -53,6 +57,7 @@ _HOMES = {
     "SamplingParams": "sampling_params",
     "EngineService": "service",
     "ServiceState": "service",
+    "StructuredOutputsParams": "structured_outputs",
 }
 
 

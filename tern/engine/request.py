@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from tern.engine.sampling_params import SamplingParams
 
 
@@ -95,6 +98,27 @@ first, which nothing precedes, and all before the first token is generated. Boun
 """
 
 
+class TokenGrammar(Protocol):
+    """Says which tokens may come next in one sequence. Called on the engine's thread only.
+
+    It knows the tokens that were accepted, none of the prompt's. `ended` is true once only the end may follow: the
+    sequence then ends. An exception raised here ends this request alone.
+    """
+
+    @property
+    def ended(self) -> bool: ...
+
+    def fill(self, mask: npt.NDArray[np.uint32], ahead: Sequence[int]) -> bool:
+        """Write what may come behind the accepted tokens and those `ahead`, which are not accepted by it.
+
+        Token t is bit t % 32 of word t // 32 of `mask` [ceil(vocab / 32)], which comes as zeros. False says that
+        nothing binds there, because the grammar is silent or because it refuses the tokens ahead.
+        """
+
+    def accept(self, token_id: int) -> None:
+        """Take the next token, sampled or forced. Raises when it may not come."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate (`n` choices are n requests that share their prompt's cache).
@@ -102,6 +126,8 @@ class Request:
     `bad_token_sequences` are the tokenised `bad_words`. `cache_salt` keeps prefix-cache entries of different owners
     apart. Of equal `priority` the earlier request goes first; lower values go before higher ones.
     `choice_index` shifts the seed so that choices of one request differ. `prompt_sink` hears the prompt's scores.
+    `grammar` binds this one sequence: it wins over `min_tokens`, `ignore_eos` and bad words where they would leave it
+    no token.
     """
 
     request_id: str
@@ -113,3 +139,4 @@ class Request:
     cache_salt: bytes = b""
     choice_index: int = 0
     prompt_sink: PromptSink | None = None
+    grammar: TokenGrammar | None = None

@@ -25,6 +25,7 @@ class ChatShape:
 
     `num_top` is None when no log-probabilities are wanted, `num_prompt_top` when none of the prompt are.
     `tokens_as_ids`: log-probabilities call tokens by their ids.
+    With a `named_call` a call is no reason to end: OpenAI says "stop" then.
     """
 
     answer_id: str
@@ -39,6 +40,7 @@ class ChatShape:
     usage_always: bool
     num_prompt_top: int | None = None
     tokens_as_ids: bool = False
+    named_call: bool = False
 
     def envelope(self, kind: str, choices: list[JsonObject]) -> JsonObject:
         """What every answer and chunk begins with."""
@@ -92,7 +94,7 @@ def _whole_choice(shape: ChatShape, index: int, progress: Progress) -> JsonObjec
         "index": index,
         "message": message,
         **shape.extras(progress.tokens),
-        **_end_fields(progress.ending, called=bool(parsed.tool_calls)),
+        **_end_fields(progress.ending, called=bool(parsed.tool_calls) and not shape.named_call),
     }
 
 
@@ -140,7 +142,7 @@ class ChunkWriter:
                 yield sse(self._chunk([self._delta(index, delta_of(event), {"finish_reason": None})]))
             if progress.ending is not None:
                 self._endings[index] = progress.ending
-                end = _end_fields(progress.ending, called=self._called[index])
+                end = _end_fields(progress.ending, called=self._called[index] and not self._shape.named_call)
                 yield sse(self._chunk([self._delta(index, {}, end)]))
 
     def closing(self) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from tern.errors import ContextLengthError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
-from tern.server.chat_plan import Asked, plan_chat
+from tern.server.chat_plan import Asked, plan_chat, reading_size
 from tern.server.delivery import deliver
 from tern.server.message_answers import MessageForm, MessageWriter
 from tern.server.message_input import as_chat
@@ -31,7 +31,7 @@ def routes(state: AppState) -> APIRouter:
         owner = owner_of(http, state.options.api_keys)
         state.check_ready()
         body = await state.read_json(http)
-        request, chat, asked = await state.offload.run(body.size, _read, state, body.fields)
+        request, chat, asked = await state.offload.run(reading_size(body.fields, body.size), _read, state, body.fields)
         form = MessageForm(
             answer_id=f"msg_{uuid.uuid4().hex}",
             model=state.model_name,
@@ -49,7 +49,9 @@ def routes(state: AppState) -> APIRouter:
     async def count_tokens(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)
-        return JSONResponse({"input_tokens": await state.offload.run(body.size, _count, state, body.fields)})
+        return JSONResponse(
+            {"input_tokens": await state.offload.run(reading_size(body.fields, body.size), _count, state, body.fields)}
+        )
 
     return router
 

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
-from tern.server.chat_plan import Asked, plan_chat
+from tern.server.chat_plan import Asked, plan_chat, reading_size
 from tern.server.delivery import deliver
 from tern.server.errors import NotKeptError
 from tern.server.response_answers import ResponseForm, ResponseWriter
@@ -31,7 +31,7 @@ def routes(state: AppState) -> APIRouter:
         owner = owner_of(http, state.options.api_keys)
         state.check_ready()
         body = await state.read_json(http)
-        request, chat, asked = await state.offload.run(body.size, _read, state, body.fields)
+        request, chat, asked = await state.offload.run(reading_size(body.fields, body.size), _read, state, body.fields)
         form = ResponseForm(
             answer_id=f"resp_{uuid.uuid4().hex}",
             created=int(time.time()),

@@ -220,7 +220,7 @@ def make_request(request_id: str, prompt: list[int], *, sink: Recorder | None = 
     """A request whose other keywords go to `SamplingParams`, or to the request where they belong there."""
     own = {
         name: fields.pop(name)
-        for name in ("priority", "cache_salt", "choice_index", "bad_token_sequences")
+        for name in ("priority", "cache_salt", "choice_index", "bad_token_sequences", "grammar")
         if name in fields
     }
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **fields})

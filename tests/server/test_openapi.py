@@ -25,7 +25,6 @@ from tern.server.schemas.completion import CompletionRequest
 from tern.server.schemas.fields import IGNORED, NEUTRAL, Schema
 from tern.server.schemas.sampling import StreamOptions
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
-from tern.server.unsupported import NOT_YET
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 REQUESTS: dict[str, tuple[type[Schema], dict[str, Any]]] = {
@@ -80,9 +79,8 @@ def test_every_route_is_described(server: Live) -> None:
     for family in FAMILIES:
         for route in family.routes(server.state).routes:
             assert isinstance(route, APIRoute)
-            if route.path not in NOT_YET:
-                assert SCHEMAS in (route.openapi_extra or {}), f"declare {route.path} with `described`"
-                assert route.include_in_schema
+            assert SCHEMAS in (route.openapi_extra or {}), f"declare {route.path} with `described`"
+            assert route.include_in_schema
 
 
 @pytest.mark.parametrize("schema", [*(schema for schema, _ in REQUESTS.values()), StreamOptions])

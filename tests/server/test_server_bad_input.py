@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import USER, WEATHER_TOOL, Live, ScriptedEngine, serve
+from server_fakes import USER, Live, ScriptedEngine, serve
 
 from tern.chat import ChatProtocol
 
@@ -124,16 +124,7 @@ def test_more_choices_than_ever_fit_are_no_full_queue(
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
-        ({"guided_json": {"type": "object"}}, "guided_json"),
-        ({"guided_choice": ["a", "b"]}, "guided_choice"),
-        ({"tools": [WEATHER_TOOL], "tool_choice": "required"}, "tool_choice"),
-        (
-            {"tools": [WEATHER_TOOL], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
-            "tool_choice",
-        ),
+        ({"response_format": {"type": "structural_tag"}}, "response_format"),
         ({"best_of": 3}, "best_of"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"functions": [{}]}, "functions"),
