@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Finish,
         FinishReason,
         GeneratedToken,
+        Milestones,
         Request,
         Steering,
         TokenLogprob,
@@ -23,17 +24,19 @@ if TYPE_CHECKING:
     )
     from tern.engine.sampling_params import SamplingParams
     from tern.engine.service import EngineService, ServiceState
-    from tern.engine.stats import EngineStats
+    from tern.engine.stats import EngineFacts, EngineStats
 
 __all__ = [
     "CONTINUE",
     "Engine",
+    "EngineFacts",
     "EngineOptions",
     "EngineService",
     "EngineStats",
     "Finish",
     "FinishReason",
     "GeneratedToken",
+    "Milestones",
     "Request",
     "SamplingParams",
     "ServiceState",
@@ -44,6 +47,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "engine",
+    "EngineFacts": "stats",
     "EngineStats": "stats",
     "EngineOptions": "options",
     "SamplingParams": "sampling_params",

@@ -12,12 +12,13 @@ none is left uncomputed after a step, that step's last row of logits gives the n
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from tern.engine.request import Request
+from tern.engine.request import Milestones, Request
 
 if TYPE_CHECKING:
     from tern.engine.drafts import DraftState
@@ -39,7 +40,7 @@ class Sequence:
     `token_ids` and `block_table` are int64 arrays, so that a step copies them into tensors without a Python loop;
     `digests[i]` identifies the content of full block i and everything before it. `max_length` bounds prompt and
     generated tokens together, and `stop_ids` are the tokens that end the sequence when sampled. Sequences go in
-    ascending `order`: priority, then arrival.
+    ascending `order`: priority, then arrival. What ends in `_at` is a time of `time.monotonic()`, in seconds.
     """
 
     __slots__ = (
@@ -47,12 +48,15 @@ class Sequence:
         "block_table",
         "digests",
         "drafting",
+        "first_token_at",
         "max_length",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
+        "queued_at",
         "request",
         "sampling",
+        "started_at",
         "status",
         "stop_ids",
         "token_ids",
@@ -72,6 +76,9 @@ class Sequence:
         self.status = SequenceStatus.NEW
         self.arrival = 0
         self.drafting: DraftState | None = None  # made when first needed
+        self.queued_at = time.monotonic()
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
 
     @property
     def request_id(self) -> str:
@@ -97,6 +104,10 @@ class Sequence:
     def num_generated_tokens(self) -> int:
         """Tokens after the prompt, sampled and forced."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def milestones(self) -> Milestones:
+        """When it got how far, if it ends now."""
+        return Milestones(self.queued_at, self.started_at, self.first_token_at, time.monotonic())
 
     def __repr__(self) -> str:
         return (
