@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
-from server_fakes import USER, ScriptedEngine, identity, serve, write_tokenizer
+from server_fakes import USER, ScriptedEngine, identity, metric, serve, write_tokenizer
 
 from tern.chat import ChatProtocol
 from tern.errors import CheckpointError, OptionError
@@ -226,7 +226,7 @@ def test_metrics_on_their_own_port(protocol: ChatProtocol, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, "tern.server"), metrics_server(options, registry):
         AppState.create(ScriptedEngine(protocol), protocol, identity(), options, registry)
         url = caplog.messages[-1].split()[-1]
-        assert "tern:num_requests_running 0.0" in httpx.get(url, timeout=60).text
+        assert metric(httpx.get(url, timeout=60).text, "vllm:num_requests_running") == 0
 
 
 @pytest.mark.parametrize(
