@@ -13,7 +13,7 @@ WIDTH = 100
 
 
 def render() -> str:
-    """The whole document: each command's `--help` at a fixed width, in the order of `tern --help`, then what it omits."""
+    """The whole document: each command's `--help` at a fixed width, in the order of `tern --help`, and the rest."""
     names = [command.name for command in app.registered_commands]
     pages = ["# Command line\n\nGenerated from the commands' own help by `make docs`; a test compares.\n", _page([])]
     pages += [_page([name]) for name in names if name]

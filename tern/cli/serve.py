@@ -59,8 +59,12 @@ def serve(
         str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
     ] = None,
     speculation: Annotated[str | None, typer.Option(help="auto (default), ngram, mtp or off: who drafts.")] = None,
-    num_speculative_tokens: Annotated[int | None, typer.Option(help="Most drafts of a sequence in a step.")] = None,
-    speculative_config: Annotated[str | None, typer.Option(help="The same as vLLM's JSON, with a method.")] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(hidden=True, help="Most drafts of a sequence in a step.")
+    ] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(hidden=True, help="The same as vLLM's JSON, with a method.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
@@ -69,7 +73,7 @@ def serve(
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, bfloat16 or int8: half the memory at long contexts.")
     ] = "auto",
-    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
+    block_size: Annotated[int | None, typer.Option(hidden=True, help="Tokens in a KV block.")] = None,
     prefix_caching: Annotated[
         bool,
         typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse the KV of shared prefixes."),
