@@ -334,9 +334,11 @@ def metric(text: str, name: str, **labels: str) -> float:
 
 
 @contextmanager
-def serve(engine: Any, protocol: ChatProtocol, model: Any = None, **options: Any) -> Iterator[Live]:
+def serve(
+    engine: Any, protocol: ChatProtocol, model: Any = None, *, tracing: Any = None, **options: Any
+) -> Iterator[Live]:
     """Serve on a free loopback port until the block is left."""
-    state = AppState.create(engine, protocol, model or identity(), ServerOptions(port=0, **options))
+    state = AppState.create(engine, protocol, model or identity(), ServerOptions(port=0, **options), tracing=tracing)
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(server_config(create_app(state)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -21,6 +21,18 @@ def test_models(server: Live) -> None:
     assert listed["object"] == "list"
     (card,) = listed["data"]
     assert (card["id"], card["object"], card["max_model_len"]) == ("tern-test", "model", 2048)
+    assert (card["root"], card["parent"], card["permission"][0]["allow_sampling"]) == ("tern-test", None, True)
+    assert card["tern"] == {
+        "dtype": "float32",
+        "quantization": "wint4",
+        "kv_cache_dtype": "int8",
+        "device": "cpu",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 2048,
+        "block_size": 16,
+        "num_blocks": 100,
+        "prefix_caching": True,
+    }
     assert server.client.get("/v1/models/tern-test").json() == card
 
 
