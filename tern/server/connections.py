@@ -49,6 +49,7 @@ class GuardedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take the connection, or say that there are too many."""
         super().connection_made(transport)
+        self.access_log = False  # `request_log` has more to say
         if len(self.connections) > self.MAX_CONNECTIONS:
             self._refuse(
                 answer_for(EngineUnavailableError(f"{self.MAX_CONNECTIONS} connections are open: try again later."))

@@ -35,7 +35,8 @@ def configure_logging(level: str, form: str = "text", uvicorn_level: str | None 
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form.lower() == "json" else TextLines())
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("uvicorn").setLevel((uvicorn_level or level).upper())
+    if uvicorn_level is not None:
+        logging.getLogger("uvicorn").setLevel(uvicorn_level.upper())
 
 
 def one_line(text: str) -> str:
