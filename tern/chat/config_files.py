@@ -10,6 +10,9 @@ from typing import Any
 
 from tern.errors import CheckpointError
 
+MAX_FILE_BYTES = 200_000_000
+"""Several times the largest tokenizer there is."""
+
 
 @dataclass(frozen=True)
 class TextFiles:
@@ -27,13 +30,22 @@ class TextFiles:
         return self.directory / name
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file that there is. Raises `CheckpointError` if it cannot be read."""
+        """The bytes of a file that there is. Raises `CheckpointError` if it cannot be read or is absurdly large."""
         if self.given is not None:
             return self.given[name]
+        path = self.path(name)
         try:
-            return self.path(name).read_bytes()
+            size = path.stat().st_size
+            with path.open("rb") as file:  # what a link leads to may be longer than it says
+                content = b"" if size > MAX_FILE_BYTES else file.read(MAX_FILE_BYTES + 1)
         except OSError as error:
-            raise CheckpointError(f"{self.path(name)} cannot be read ({error.strerror or error}).") from None
+            raise CheckpointError(f"{path} cannot be read ({error.strerror or error}).") from None
+        if max(size, len(content)) > MAX_FILE_BYTES:
+            raise CheckpointError(
+                f"{path} has {max(size, len(content))} bytes: a tokenizer's or template's file has at most "
+                f"{MAX_FILE_BYTES}."
+            )
+        return content
 
     def read_text(self, name: str) -> str:
         """The text of a file that there is. Raises `CheckpointError` if it cannot be read or is not UTF-8."""

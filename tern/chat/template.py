@@ -1,18 +1,14 @@
 """Messages to a prompt, by the checkpoint's own chat template in a sandbox.
 
 Knows Jinja and the conventions that templates written for transformers rely on. Knows nothing of tokens. A template
-comes with a model, so it is treated as a stranger's program: it sees only immutable values, and its size, its output
-and its loops' time are bounded.
+comes with a model, so it is treated as a stranger's program: it runs in a sandbox (`sandbox`), and its size is bounded.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-import re
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -22,24 +18,17 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tern.chat.config_files import TextFiles, token_text
 from tern.chat.messages import validate_messages
 from tern.chat.parser import END_THINK, RESPONSE, ParserState, state_after_prompt
+from tern.chat.sandbox import Refused, Sandbox, bounded
 from tern.chat.tools import validate_tools
 from tern.errors import CheckpointError, InvalidRequestError
 
 MAX_TEMPLATE_LENGTH = 1_000_000
-MAX_PROMPT_LENGTH = 64_000_000
-"""Characters that a template may write: far above any model's context, far below the machine's memory."""
-MAX_SECONDS = 10.0
 
-MAX_POWER_BITS = 4096
-"""How long a number a template may make with `**`."""
-
-_FAILURES = (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError)
+_FAILURES = (AttributeError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError, MemoryError)
 """What a template's own mistakes raise; constants are computed when it is compiled."""
 
 _GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
@@ -102,10 +91,9 @@ class ChatTemplate:
             "tools": validate_tools(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
-        _deadline.set(time.monotonic() + MAX_SECONDS)
         try:
-            prompt = "".join(_bounded(self._template.generate(variables)))
-        except _Refused as error:
+            prompt = "".join(bounded(self._template.generate(variables)))
+        except Refused as error:
             raise InvalidRequestError(f"The chat template refuses these messages: {error}", param="messages") from None
         except (jinja2.TemplateError, *_FAILURES) as error:
             raise InvalidRequestError(
@@ -169,10 +157,6 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
         yield from _names(child)
 
 
-class _Refused(jinja2.TemplateError):
-    """The template called `raise_exception`."""
-
-
 class _Generation(Extension):
     """Lets `{% generation %}` through, with which training templates mark what the model writes."""
 
@@ -184,60 +168,8 @@ class _Generation(Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Values cannot be changed, attributes that lead into Python cannot be reached, `range` is short, `*` and `**` make
-    nothing huge, and every loop looks at the clock: a thread cannot be stopped from outside, and a loop need not write
-    anything.
-    """
-
-    intercepted_binops = frozenset({"*", "**", "%"})
-
-    def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a macro or a method: both can take long, and some methods pad to any width."""
-        _look_at_clock()
-        if any(isinstance(arg, int) and abs(arg) > MAX_PROMPT_LENGTH for arg in (*args, *kwargs.values())):
-            raise _Refused("it calls something with a number that is too large")
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """The result of `left * right`, `left ** right` or `left % right`, unless it would be huge."""
-        if operator == "%":
-            if isinstance(left, str) and _WIDTH.search(left):
-                raise _Refused("it formats a value to a great width")
-        elif operator == "*":
-            for sequence, count in ((left, right), (right, left)):
-                if isinstance(sequence, Sized) and isinstance(count, int) and len(sequence) * count > MAX_PROMPT_LENGTH:
-                    raise _Refused(f"it repeats a value of length {len(sequence)} {count} times")
-        elif isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_POWER_BITS:
-            raise _Refused(f"it computes a power of more than {MAX_POWER_BITS} bits")
-        return super().call_binop(context, operator, left, right)
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, _CLOCKED, [], [], None, None, lineno=loop.lineno)
-        return tree
-
-
-_WIDTH = re.compile(r"\d{5}|\*")
-_CLOCKED = "tern_clocked"
-_deadline: ContextVar[float] = ContextVar("_deadline")
-
-
-def _clocked(items: Iterable[Any]) -> Iterator[Any]:
-    """The items of a loop, until the time is up."""
-    for item in items:
-        _look_at_clock()
-        yield item
-
-
-def _look_at_clock() -> None:
-    if time.monotonic() > _deadline.get():
-        raise _Refused(f"it ran longer than {MAX_SECONDS:g} seconds; send fewer or shorter messages")
-
-
 def _raise_exception(message: object) -> None:
-    raise _Refused(str(message))
+    raise Refused(str(message))
 
 
 def _strftime_now(form: str) -> str:
@@ -259,22 +191,14 @@ _GLOBALS = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
 
 @cache
-def _environment() -> _Sandbox:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters.update({"tojson": _to_json, _CLOCKED: _clocked})
-    environment.globals.update(_GLOBALS)
-    return environment
-
-
-def _bounded(pieces: Iterable[str]) -> Iterator[str]:
-    """The template's output as it is written, stopped at the limits of length and time."""
-    written = 0
-    for piece in pieces:
-        _look_at_clock()
-        written += len(piece)
-        if written > MAX_PROMPT_LENGTH:
-            raise _Refused(f"it wrote more than {MAX_PROMPT_LENGTH} characters; send shorter messages")
-        yield piece
+def _environment() -> Sandbox:
+    return Sandbox(
+        filters={"tojson": _to_json},
+        functions=_GLOBALS,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, loopcontrols],
+    )
 
 
 def _named(template: object) -> str | None:

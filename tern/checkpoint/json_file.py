@@ -19,9 +19,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     try:
         size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
+        with path.open("rb") as file:  # what a link leads to may be longer than it says
+            content = b"" if size > MAX_JSON_BYTES else file.read(MAX_JSON_BYTES + 1)
+        if (size := max(size, len(content))) > MAX_JSON_BYTES:
             raise CheckpointError(f"{path} has {size} bytes; a JSON file of a checkpoint has at most {MAX_JSON_BYTES}.")
-        content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror or error}): check the path.") from error
     return parse_json_object(content, f"{path}")

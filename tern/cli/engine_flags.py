@@ -12,12 +12,12 @@ import time
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tern.cli.flags import size_in_bytes
-from tern.errors import OptionError
 
 if TYPE_CHECKING:
     from tern.engine import EngineOptions
@@ -35,8 +35,12 @@ class EngineFlags:
         str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
     ] = None
     speculation: Annotated[str | None, typer.Option(help="auto (default), ngram, mtp or off: who drafts.")] = None
-    num_speculative_tokens: Annotated[int | None, typer.Option(help="Most drafts of a sequence in a step.")] = None
-    speculative_config: Annotated[str | None, typer.Option(help="The same as vLLM's JSON, with a method.")] = None
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(hidden=True, help="Most drafts of a sequence in a step.")
+    ] = None
+    speculative_config: Annotated[
+        str | None, typer.Option(hidden=True, help="The same as vLLM's JSON, with a method.")
+    ] = None
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None
@@ -44,7 +48,7 @@ class EngineFlags:
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8: half the memory at long contexts.")] = (
         "auto"
     )
-    block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None
+    block_size: Annotated[int | None, typer.Option(hidden=True, help="Tokens in a KV block.")] = None
     prefix_caching: Annotated[
         bool,
         typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse the KV of shared prefixes."),
@@ -88,12 +92,23 @@ class EngineFlags:
         from tern.engine import Engine, EngineService
         from tern.server import Loaded
 
-        started = time.perf_counter()
+        laps = [time.perf_counter()]
         source = resolve_model(model, revision=self.revision, token=self.hf_token)
-        logger.info("model %s: found after %.1f s", source.name, time.perf_counter() - started)
+        laps.append(time.perf_counter())
         engine = Engine.open(source, options)
-        logger.info("weights loaded, KV cache reserved: %.1f s", time.perf_counter() - started)
-        return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory, source.text_files), source)
+        laps.append(time.perf_counter())
+        protocol = ChatProtocol.from_directory(source.directory, source.text_files)
+        laps.append(time.perf_counter())
+        found, opened, read = (after - before for before, after in pairwise(laps))
+        logger.info(
+            "%s is loaded after %.1f s: files %.1f s, engine %.1f s, tokenizer and template %.1f s",
+            source.name,
+            laps[-1] - laps[0],
+            found,
+            opened,
+            read,
+        )
+        return Loaded(EngineService(engine), protocol, source)
 
 
 def with_engine_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -116,11 +131,3 @@ def with_engine_flags(command: Callable[..., None]) -> Callable[..., None]:
     typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     typed.__annotations__ = {each.name: each.annotation for each in parameters}
     return typed
-
-
-def configure_logging(level: str) -> None:
-    """Plain log lines on standard error."""
-    number = logging.getLevelNamesMapping().get(level.upper())
-    if number is None:
-        raise OptionError(f"--log-level is {level!r}: it must be debug, info, warning or error.")
-    logging.basicConfig(level=number, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,20 @@ def size_in_bytes(flag: str, size: float | None, *, unit: str) -> int | None:
     if not 0 < size <= MAX_SIZE:
         raise OptionError(f"{flag} is {size:g}: it must be a number of {unit} above 0 and at most {MAX_SIZE}.")
     return max(1, int(size * UNITS[unit]))
+
+
+def names_in(flag: str, values: Sequence[str] | None) -> tuple[str, ...]:
+    """The names that a flag was given, each by itself or, as vLLM takes them, as JSON lists."""
+    names: list[str] = []
+    for value in values or ():
+        try:
+            given = json.loads(value) if value.startswith("[") else [value]
+        except ValueError:
+            given = None
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise OptionError(f'{flag} is {value[:100]!r}: give one name, or a JSON list of them such as ["*"].')
+        names += given
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from tern.cli.engine_flags import EngineFlags, configure_logging, with_engine_flags
+from tern.cli.engine_flags import EngineFlags, with_engine_flags
 from tern.errors import OptionError
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def run_batch(
     done. Interrupted, the same command goes on where it stopped: lines that the output answers are left out.
     Exit status: 0 if every line was answered without an error, 1 if some were not, 130 if interrupted.
     """
+    from tern.server.logs import configure_logging
+
     configure_logging(log_level)
     source, target = Path(input_file), Path(output_file)
     with _input(source, target) as lines:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Finish,
         FinishReason,
         GeneratedToken,
+        Milestones,
         PromptSink,
         Request,
         ScoredToken,
@@ -26,18 +27,20 @@ if TYPE_CHECKING:
     )
     from tern.engine.sampling_params import SamplingParams
     from tern.engine.service import EngineService, ServiceState
-    from tern.engine.stats import EngineStats
+    from tern.engine.stats import EngineFacts, EngineStats
     from tern.engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "CONTINUE",
     "Engine",
+    "EngineFacts",
     "EngineOptions",
     "EngineService",
     "EngineStats",
     "Finish",
     "FinishReason",
     "GeneratedToken",
+    "Milestones",
     "PromptSink",
     "Request",
     "SamplingParams",
@@ -52,6 +55,7 @@ __all__ = [
 
 _HOMES = {
     "Engine": "engine",
+    "EngineFacts": "stats",
     "EngineStats": "stats",
     "EngineOptions": "options",
     "SamplingParams": "sampling_params",

@@ -10,6 +10,7 @@ import logging
 import time
 import weakref
 from array import array
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
@@ -30,7 +31,7 @@ from tern.engine.sampler import GRAMMAR_FAILED
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
-from tern.engine.stats import EngineStats
+from tern.engine.stats import STEP_TOKENS, EngineStats
 from tern.errors import ContextLengthError, InvalidRequestError, OptionError, QueueFullError
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Engine:
         self._finished = dict.fromkeys(FinishReason, 0)
         self._computed_tokens = self._generated_tokens = self._steps = self._failed_steps = 0
         self._last_step_seconds = self._grammar_seconds = 0.0
+        self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
 
     @classmethod
     def open(cls, source: ModelSource, options: EngineOptions | None = None, *, progress: bool = True) -> Engine:
@@ -109,9 +111,15 @@ class Engine:
             open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         device = _device(options.device)
+        began = time.perf_counter()
         model = load_model(source, dtype=dtype, device=device, quantization=options.quantization, progress=progress)
+        logger.info("weights and kernels: %.1f s", time.perf_counter() - began)
         identity = weights_identity(source) if options.kv_cache_dir is not None else None
-        return cls(model, source.generation.eos_token_ids, options, weights_identity=identity)
+        began = time.perf_counter()
+        engine = cls(model, source.generation.eos_token_ids, options, weights_identity=identity)
+        tokens = engine.pool.num_blocks * options.block_size
+        logger.info("KV cache for %d tokens: %.1f s", tokens, time.perf_counter() - began)
+        return engine
 
     def close(self) -> None:
         """Write to `kv_cache_dir` what waits for that, within a bound, and nothing more from then on."""
@@ -238,6 +246,7 @@ class Engine:
             disk_hit_tokens=self.scheduler.restored_hit_tokens,
             disk_bytes_read=self.disk_cache.bytes_read if self.disk_cache else 0,
             disk_bytes_written=self.disk_cache.bytes_written if self.disk_cache else 0,
+            steps_by_tokens=tuple(self._steps_by_tokens),
         )
 
     def check_integrity(self) -> None:
@@ -303,7 +312,9 @@ class Engine:
             return None
         self.consecutive_failures = 0
         self._steps += 1
-        self._computed_tokens += sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
+        computed = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
+        self._computed_tokens += computed
+        self._steps_by_tokens[bisect_left(STEP_TOKENS, computed)] += 1
         self._last_step_seconds = result.seconds + result.predictor_seconds
         self.drafter.learn(chunks, result.sampled, result.seconds, result.predictor_seconds)
         return result
@@ -360,6 +371,8 @@ class Engine:
             self._generated_tokens += 1
             if not self._obeys_grammar(sequence, token.token_id):
                 return
+            if sequence.first_token_at is None:
+                sequence.first_token_at = time.monotonic()
             try:
                 steering = sequence.request.sink.push(token)
                 self._check_ids("Steering.force", steering.force)
@@ -424,6 +437,7 @@ class Engine:
             num_cached_tokens=sequence.num_cached_tokens or 0,
             stop_token_id=stop_token_id,
             message=message,
+            milestones=sequence.milestones(),
         )
         try:
             sequence.request.sink.finish(finish)

@@ -67,9 +67,37 @@ CONTINUE = Steering()
 
 
 @dataclass(frozen=True)
+class Milestones:
+    """When a sequence got how far, in seconds of `time.monotonic()`; None is what it never reached.
+
+    `queued`: it came in; `started`: a step computed for it first; `first_token` and `ended` say themselves.
+    """
+
+    queued: float
+    started: float | None
+    first_token: float | None
+    ended: float
+
+    @property
+    def queue_seconds(self) -> float:
+        """How long it waited before any of it was computed."""
+        return (self.ended if self.started is None else self.started) - self.queued
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From there to its first token."""
+        return None if self.started is None or self.first_token is None else self.first_token - self.started
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """From its first token to its end."""
+        return None if self.first_token is None else self.ended - self.first_token
+
+
+@dataclass(frozen=True)
 class Finish:
     """How a sequence ended. `stop_token_id` is the end or stop token that ended it (it was pushed too); `message`
-    explains an ERROR in words meant for the user.
+    explains an ERROR in words meant for the user; `milestones` say where its time went.
     """
 
     reason: FinishReason
@@ -78,6 +106,7 @@ class Finish:
     num_cached_tokens: int
     stop_token_id: int | None = None
     message: str | None = None
+    milestones: Milestones | None = None
 
 
 class TokenSink(Protocol):

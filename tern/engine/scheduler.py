@@ -16,6 +16,7 @@ The first in order can take the blocks of all others and a full-length sequence 
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
@@ -223,6 +224,8 @@ class Scheduler:
         return drafts
 
     def _start(self, sequence: Sequence, found: list[int]) -> None:
+        if sequence.started_at is None:
+            sequence.started_at = time.monotonic()
         self.waiting.remove(sequence)
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_ORDER)

@@ -13,12 +13,13 @@ are scored too, every row of it gives the score of the token behind it.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from tern.engine.request import Request
+from tern.engine.request import Milestones, Request
 
 if TYPE_CHECKING:
     from tern.engine.drafts import DraftState
@@ -40,7 +41,7 @@ class Sequence:
     `token_ids` and `block_table` are int64 arrays, so that a step copies them into tensors without a Python loop;
     `digests[i]` identifies the content of full block i and everything before it. `max_length` bounds prompt and
     generated tokens together, and `stop_ids` are the tokens that end the sequence when sampled. Sequences go in
-    ascending `order`: priority, then arrival.
+    ascending `order`: priority, then arrival. What ends in `_at` is a time of `time.monotonic()`, in seconds.
     """
 
     __slots__ = (
@@ -48,13 +49,16 @@ class Sequence:
         "block_table",
         "digests",
         "drafting",
+        "first_token_at",
         "max_length",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_prompt_tokens",
         "num_scored_tokens",
+        "queued_at",
         "request",
         "sampling",
+        "started_at",
         "status",
         "stop_ids",
         "token_ids",
@@ -76,6 +80,9 @@ class Sequence:
         self.status = SequenceStatus.NEW
         self.arrival = 0
         self.drafting: DraftState | None = None  # made when first needed
+        self.queued_at = time.monotonic()
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
 
     @property
     def request_id(self) -> str:
@@ -116,6 +123,10 @@ class Sequence:
     def num_generated_tokens(self) -> int:
         """Tokens after the prompt, sampled and forced."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def milestones(self) -> Milestones:
+        """When it got how far, if it ends now."""
+        return Milestones(self.queued_at, self.started_at, self.first_token_at, time.monotonic())
 
     def __repr__(self) -> str:
         return (

@@ -18,7 +18,7 @@ from enum import StrEnum
 from tern.engine.engine import Engine
 from tern.engine.request import FinishReason, Request
 from tern.engine.sequence import Sequence
-from tern.engine.stats import EngineStats
+from tern.engine.stats import EngineFacts, EngineStats
 from tern.errors import EngineUnavailableError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,22 @@ class EngineService:
     def stats(self) -> EngineStats:
         """The engine's counters, at most one step old."""
         return self._engine.stats()
+
+    def facts(self) -> EngineFacts:
+        """What stays the same while the engine lives."""
+        engine = self._engine
+        bits = engine.runner.model.packed_bits
+        return EngineFacts(
+            dtype=str(engine.dtype).removeprefix("torch."),
+            quantization=None if bits is None else f"wint{bits}",
+            kv_cache_dtype=str(engine.runner.kv.keys.dtype).removeprefix("torch."),
+            device=str(engine.device),
+            max_num_seqs=engine.options.max_num_seqs,
+            max_num_batched_tokens=engine.options.max_num_batched_tokens,
+            block_size=engine.options.block_size,
+            num_blocks=engine.pool.num_blocks,
+            prefix_caching=engine.pool.caching,
+        )
 
     def heartbeat_age(self) -> float:
         """Seconds since the engine's thread last began a step, or woke for nothing: large when it hangs or is dead."""

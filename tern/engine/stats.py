@@ -1,10 +1,13 @@
-"""What an engine tells of itself: queues, cache and counters. Knows numbers only."""
+"""What an engine tells of itself: queues, cache and counters, and what it is. Knows numbers and names only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from tern.engine.request import FinishReason
+
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds by which steps are counted; one more count is for those above."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +19,9 @@ class EngineStats:
     forced ones, `computed_tokens` all that went through the model, after a preemption once more and drafts too.
     `drafted_tokens` were verified by steps, `accepted_tokens` of them were right. `finished` counts endings by reason.
     `last_step_seconds` is how long the newest step computed. `disk_hit_tokens` of the `prefix_hit_tokens` were read
-    from `kv_cache_dir`; `disk_bytes_read` and `disk_bytes_written` passed in and out. `grammar_seconds` went into
-    the masks and the states of grammars.
+    from `kv_cache_dir`; `disk_bytes_read` and `disk_bytes_written` passed in and out. `steps_by_tokens[i]` counts the
+    steps that computed at most `STEP_TOKENS[i]` tokens, and more than the bound before. `grammar_seconds` went into the
+    masks and the states of grammars.
     """
 
     running: int
@@ -41,8 +45,28 @@ class EngineStats:
     disk_bytes_read: int = 0
     disk_bytes_written: int = 0
     grammar_seconds: float = 0.0
+    steps_by_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)
 
     @property
     def cancelled(self) -> int:
         """Requests taken back by their callers."""
         return self.finished[FinishReason.CANCELLED]
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What stays the same while an engine lives.
+
+    `dtype` is what the network computes in, `kv_cache_dtype` what the cache keeps; `quantization` is the packing of the
+    weights ("wint4", "wint8"), None for floats. `num_blocks` blocks of `block_size` tokens are the cache.
+    """
+
+    dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
+    device: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    prefix_caching: bool

@@ -29,6 +29,7 @@ class ErnieModel:
         _check(config, tensors)
         parameters = Parameters(tensors)
         self.config = config
+        self._packed_bits = next((w.bits for w in tensors.values() if isinstance(w, ops.PackedWeight)), None)
         self.embedding = parameters["embed"]
         self.layers = [
             DecoderLayer(config, parameters.under(f"layers.{layer}."), moe=config.is_moe_layer(layer))
@@ -53,6 +54,11 @@ class ErnieModel:
     def device(self) -> torch.device:
         """Where the weights live and the inputs must be."""
         return self.embedding.device
+
+    @property
+    def packed_bits(self) -> int | None:
+        """Bits of a value of the packed weights; None if all are floats."""
+        return self._packed_bits
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:

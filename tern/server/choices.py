@@ -13,6 +13,8 @@ from tern.chat import TextStream
 from tern.engine import Request, SamplingParams, TokenGrammar
 from tern.errors import InvalidRequestError
 from tern.server.generation import Generation
+from tern.server.prompt_log import log_request
+from tern.server.request_record import current_record
 from tern.server.sink import ChoiceSink, EventParser, Mailbox
 from tern.server.state import AppState
 
@@ -53,6 +55,15 @@ def start(state: AppState, plan: Plan) -> Generation:
             f"at most {capacity} at once: ask for fewer.",
             param="n" if params.n > 1 else "prompt",
         )
+    record = current_record()
+    engine_id = plan.request_id
+    if record is not None:
+        record.answer_id, record.params = plan.request_id, params
+        record.prompt_tokens = sum(map(len, plan.prompts))
+        engine_id = f"{record.request_id}:{plan.request_id}"  # what a client chose alone need not be unique
+    state.metrics.asked(params.n, params.max_tokens)
+    if state.options.log_requests:
+        log_request(plan.prompts, params, state.protocol.tokenizer, state.options.max_log_len or 0)
     mailbox = Mailbox()
     stops = frozenset(params.stop_token_ids)
     ends = frozenset() if params.ignore_eos else state.model.generation.eos_token_ids
@@ -63,14 +74,14 @@ def start(state: AppState, plan: Plan) -> Generation:
             stream=plan.new_stream(),
             parser=plan.new_parser(),
             deliver=mailbox.post,
-            observer=state.metrics.observe_choice(plan.arrived),
+            observer=state.metrics.observe_choice(plan.arrived, record),
             stop_token_ids=stops,
             hidden_token_ids=ends if params.include_stop_str_in_output else ends | stops,
             single_call=plan.single_call,
         )
         requests.append(
             Request(
-                request_id=f"{plan.request_id}-{index}",
+                request_id=f"{engine_id}-{index}",
                 prompt_token_ids=plan.prompts[index // params.n],
                 params=params,
                 sink=sink,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from tern.engine import EngineStats, Request
+    from tern.engine import EngineFacts, EngineStats, Request
 
 
 class EngineDoor(Protocol):
@@ -38,6 +38,9 @@ class EngineDoor(Protocol):
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, cache and counters."""
+
+    def facts(self) -> EngineFacts:
+        """What stays the same while it lives."""
 
     def heartbeat_age(self) -> float:
         """Seconds since the thread last showed that it lives."""

@@ -60,6 +60,18 @@ class NotKeptError(TernError):
     """The request asks for an earlier answer; none is kept."""
 
 
+class ForbiddenError(TernError):
+    """The request comes from where this server takes none; `code` says what about it is foreign."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class HeadersTooLargeError(TernError):
+    """The request's headers are more than the server reads."""
+
+
 class ClientGoneError(TernError):
     """The client closed the connection before the answer was ready."""
 
@@ -105,6 +117,10 @@ def answer_for(error: Exception) -> ErrorAnswer:
         case AuthenticationError():
             headers = {"WWW-Authenticate": "Bearer"}
             return ErrorAnswer(401, message, "authentication_error", None, "invalid_api_key", headers)
+        case ForbiddenError():
+            return ErrorAnswer(403, message, "permission_error", None, error.code)
+        case HeadersTooLargeError():
+            return ErrorAnswer(431, message, "invalid_request_error", None, "headers_too_large")
         case UnknownModelError():
             return ErrorAnswer(404, message, "invalid_request_error", "model", "model_not_found")
         case NotKeptError():

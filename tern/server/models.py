@@ -1,6 +1,8 @@
-"""GET /v1/models and /v1/models/{id}: the one model that is served, in OpenAI's form with vLLM's `max_model_len`."""
+"""GET /v1/models and /v1/models/{id}: the one model that is served, in OpenAI's form with vLLM's fields and Tern's."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -42,4 +44,24 @@ def _card(state: AppState) -> JsonObject:
         "root": state.model.name,
         "parent": None,
         "max_model_len": state.engine.max_model_len,
+        "permission": [_permission(state)],
+        "tern": asdict(state.engine.facts()),
+    }
+
+
+def _permission(state: AppState) -> JsonObject:
+    """What may be done with the model, as OpenAI once said it and older clients still read it."""
+    return {
+        "id": f"modelperm-{state.created}",
+        "object": "model_permission",
+        "created": state.created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from tern.errors import OptionError
 
@@ -25,13 +26,20 @@ class ServerOptions:
     leave out lines that coding agents put before a system prompt of /v1/messages, other ones with each request, since
     the prefix cache would find nothing behind them.
 
+    `allowed_origins`: web pages of these origins (`https://host:port`, or `*` for all) may use the server; with
+    `allow_credentials` with their cookies and passwords too. `allowed_hosts`: names under which a server for this
+    machine alone is asked, besides addresses and names without dots. `max_connections`: open ones; more are closed with
+    a 503. `access_log`: a line for each request. `log_requests`: another with its sampling values, and with up to
+    `max_log_len` characters of each prompt if that is set. `otlp_traces_endpoint`: URL that a trace of each request is
+    sent to.
+
     Raises `OptionError` that names the option, the value and the limit.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     metrics_port: int | None = None
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     allow_public: bool = False
     served_model_name: str | None = None
     max_body_bytes: int = 32 * MIB
@@ -39,6 +47,14 @@ class ServerOptions:
     keep_alive_seconds: float = 10.0
     heartbeat_timeout: float = 120.0
     drop_volatile_lines: bool = True
+    allowed_origins: tuple[str, ...] = ()
+    allow_credentials: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    max_connections: int = 1024
+    access_log: bool = True
+    log_requests: bool = False
+    max_log_len: int | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         _port("port", self.port)
@@ -55,10 +71,41 @@ class ServerOptions:
         _seconds("shutdown_timeout", self.shutdown_timeout, zero=True)
         _seconds("keep_alive_seconds", self.keep_alive_seconds)
         _seconds("heartbeat_timeout", self.heartbeat_timeout)
+        if not 1 <= self.max_connections <= 2**20:
+            raise OptionError(f"max_connections is {self.max_connections}: it must be from 1 to {2**20}.")
+        self._check_web()
+        self._check_seen()
         if not self.api_keys and not self.allow_public and not is_loopback(self.host):
             raise OptionError(
                 f"host is {self.host!r}, which other machines can reach, and there is no API key: set --api-key, "
                 "or insist with --allow-public."
+            )
+
+    def _check_web(self) -> None:
+        """Refuse origins that no browser sends, and credentials for everybody."""
+        for origin in self.allowed_origins:
+            if origin != "*" and not _is_origin(origin):
+                raise OptionError(
+                    f"allowed_origins has {origin[:100]!r}: an origin is SCHEME://HOST or SCHEME://HOST:PORT, without "
+                    "a path, or * for all."
+                )
+        if self.allow_credentials and (not self.allowed_origins or "*" in self.allowed_origins):
+            raise OptionError(
+                "allow_credentials is set: name the origins that it is for in allowed_origins, without *."
+            )
+        for host in self.allowed_hosts:
+            if not host or host != host.lower() or any(character in host for character in "/:@* "):
+                raise OptionError(f"allowed_hosts has {host[:100]!r}: give the name of a host, in lower case, alone.")
+
+    def _check_seen(self) -> None:
+        if self.max_log_len is not None and not 0 <= self.max_log_len <= 2**31:
+            raise OptionError(f"max_log_len is {self.max_log_len}: it must be from 0 to {2**31}.")
+        if self.max_log_len and not self.log_requests:
+            raise OptionError(f"max_log_len is {self.max_log_len}, but requests are not logged: set log_requests too.")
+        if self.otlp_traces_endpoint is not None and not _is_url(self.otlp_traces_endpoint):
+            raise OptionError(
+                f"otlp_traces_endpoint is {self.otlp_traces_endpoint[:100]!r}: give the whole URL, such as "
+                "http://localhost:4318/v1/traces."
             )
 
     @property
@@ -73,6 +120,22 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_origin(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return bool(parts.scheme and parts.hostname) and text == f"{parts.scheme}://{parts.netloc}" and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
 

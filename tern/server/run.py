@@ -25,10 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tern.chat import ChatProtocol
 from tern.errors import EngineUnavailableError, OptionError
 from tern.server.app import create_app
+from tern.server.connections import REQUEST_SECONDS, protocol_settings
 from tern.server.engine_door import EngineDoor, ModelIdentity
 from tern.server.errors import answer_for
-from tern.server.options import ServerOptions
+from tern.server.options import ServerOptions, is_loopback
+from tern.server.request_log import RequestLog
 from tern.server.state import AppState
+from tern.server.tracing import Tracing
 
 logger = logging.getLogger("tern.server")
 
@@ -68,19 +71,21 @@ def run_server(
     `load` raises.
     """
     options = options or ServerOptions()
-    gate, registry = _LoadingGate(), CollectorRegistry()
+    gate, registry = _LoadingGate(options), CollectorRegistry()
     with (
         listen(options.host, options.port) as listener,
         metrics_server(options, registry),
+        _tracing(options) as tracing,
         ThreadPoolExecutor(1, "tern-http") as pool,
     ):
-        server = uvicorn.Server(server_config(gate))
+        server = uvicorn.Server(server_config(gate, max_connections=options.max_connections))
+        logger.info("listening on %s: %s", _url(listener), _who_may_ask(options))
         ending = _Ending(server, options.shutdown_timeout)
         serving = pool.submit(server.run, sockets=[listener])
         try:
             with ending.on_signals():
                 loaded = load()
-                state = AppState.create(loaded.engine, loaded.protocol, loaded.model, options, registry)
+                state = AppState.create(loaded.engine, loaded.protocol, loaded.model, options, registry, tracing)
                 with running(state):
                     ending.engine = loaded.engine
                     gate.open(create_app(state))
@@ -113,14 +118,42 @@ def running(state: AppState) -> Iterator[None]:
         state.offload.close()
 
 
-def server_config(app: ASGIApp) -> uvicorn.Config:
-    """How uvicorn serves the application: plain HTTP/1.1, the caller's logging, headers that tell nothing."""
+@contextmanager
+def _tracing(options: ServerOptions) -> Iterator[Tracing | None]:
+    """Spans for as long as the server runs, if they are wanted."""
+    if options.otlp_traces_endpoint is None:
+        yield None
+        return
+    tracing = Tracing.to(options.otlp_traces_endpoint)
+    try:
+        yield tracing
+    finally:
+        tracing.close()
+
+
+def _who_may_ask(options: ServerOptions) -> str:
+    keys = (
+        f"{len(options.api_keys)} API key{'s' if len(options.api_keys) > 1 else ''}" if options.api_keys else "no key"
+    )
+    if is_loopback(options.host):
+        return f"only this machine can reach it, {keys} asked for"
+    return f"other machines can reach it, {keys} asked for"
+
+
+def server_config(
+    app: ASGIApp, *, max_connections: int = 1024, request_seconds: float = REQUEST_SECONDS
+) -> uvicorn.Config:
+    """How uvicorn serves the application: plain HTTP/1.1, the caller's logging, headers that tell nothing.
+
+    `max_connections` may be open, and each has `request_seconds` to send the headers of a request.
+    """
     return uvicorn.Config(
         app,
-        http="h11",
+        **protocol_settings(max_connections, request_seconds),
         ws="none",
         lifespan="off",
         log_config=None,
+        access_log=False,
         server_header=False,
         timeout_keep_alive=IDLE_CONNECTION_SECONDS,
         timeout_graceful_shutdown=FLUSH_SECONDS,
@@ -130,19 +163,20 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
 class _LoadingGate:
     """Answers 503 until it is given the application."""
 
-    def __init__(self) -> None:
-        self._app: ASGIApp | None = None
+    def __init__(self, options: ServerOptions) -> None:
+        self._app: ASGIApp = RequestLog(_loading, access_log=options.access_log)
 
     def open(self, app: ASGIApp) -> None:
         """From now on `app` answers."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self._app or _loading(scope["path"]))(scope, receive, send)
+        await self._app(scope, receive, send)
 
 
-def _loading(path: str) -> ASGIApp:
-    return answer_for(EngineUnavailableError("The model is loading: try again later.")).response(path)
+async def _loading(scope: Scope, receive: Receive, send: Send) -> None:
+    answer = answer_for(EngineUnavailableError("The model is loading: try again later."))
+    await answer.response(scope["path"])(scope, receive, send)
 
 
 class _StoppedWhileLoadingError(BaseException):

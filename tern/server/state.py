@@ -15,6 +15,8 @@ from tern.server.engine_door import EngineDoor, ModelIdentity
 from tern.server.metrics import Metrics
 from tern.server.offload import Offload
 from tern.server.options import ServerOptions
+from tern.server.request_record import RequestRecord
+from tern.server.tracing import Tracing
 
 WHICHEVER_MODEL = frozenset({"default", "null"})
 """Names that FastDeploy's examples and clients send for the one model there is."""
@@ -22,7 +24,7 @@ WHICHEVER_MODEL = frozenset({"default", "null"})
 
 @dataclass(frozen=True)
 class AppState:
-    """The engine, the text protocol and the model behind a server, its options, metrics, grammars and text threads.
+    """The engine, the text protocol and the model behind a server, its options, metrics, grammars, traces and threads.
 
     `created` is the time, in seconds since 1970, that the model's entry in /v1/models shows.
     """
@@ -34,6 +36,7 @@ class AppState:
     metrics: Metrics
     grammars: GrammarCompiler
     offload: Offload = field(default_factory=Offload)
+    tracing: Tracing | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -44,11 +47,14 @@ class AppState:
         model: ModelIdentity,
         options: ServerOptions | None = None,
         registry: CollectorRegistry | None = None,
+        tracing: Tracing | None = None,
     ) -> AppState:
-        """The state of a new server, its metrics in `registry` (default: one of their own)."""
-        metrics = Metrics(engine, CollectorRegistry() if registry is None else registry)
+        """The state of a new server, its metrics in `registry` (default: one of their own), its spans by `tracing`."""
+        options = options or ServerOptions()
+        name = options.served_model_name or model.name
+        metrics = Metrics(engine, CollectorRegistry() if registry is None else registry, name)
         grammars = GrammarCompiler(protocol.tokenizer, model.generation.eos_token_ids)
-        return cls(engine, protocol, model, options or ServerOptions(), metrics, grammars)
+        return cls(engine, protocol, model, options, metrics, grammars, tracing=tracing)
 
     @property
     def model_name(self) -> str:
@@ -63,6 +69,12 @@ class AppState:
         """Refuse a model that is not served; a request that names none means the one there is."""
         if name is not None and name != self.model_name and name not in WHICHEVER_MODEL:
             raise UnknownModelError(f"There is no model {name[:100]!r} here: this server serves {self.model_name!r}.")
+
+    def answered(self, record: RequestRecord) -> None:
+        """Take note of a request that has ended."""
+        self.metrics.answered(record)
+        if self.tracing is not None:
+            self.tracing.record(record, self.model_name)
 
     def check_ready(self) -> None:
         """Refuse work while the engine takes none."""

@@ -9,7 +9,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import tern
-from tern.chat import ChatTemplate, template
+from tern.chat import ChatTemplate, sandbox
 from tern.chat.template import default_template
 from tern.errors import CheckpointError, InvalidRequestError
 
@@ -177,7 +177,7 @@ def test_what_a_template_sets_itself_is_no_switch():
     ],
 )
 def test_macros_and_formats_are_bounded_too(source, monkeypatch):
-    monkeypatch.setattr("tern.chat.template.MAX_SECONDS", 0.2)
+    monkeypatch.setattr("tern.chat.sandbox.MAX_SECONDS", 0.2)
     with pytest.raises(InvalidRequestError, match="The chat template"):
         ChatTemplate(source).render(USER)
 
@@ -226,7 +226,7 @@ def test_the_sandbox(source):
 
 
 def test_a_template_that_writes_too_much(monkeypatch):
-    monkeypatch.setattr(template, "MAX_PROMPT_LENGTH", 1000)
+    monkeypatch.setattr(sandbox, "MAX_PROMPT_LENGTH", 1000)
     source = "{% for i in range(1000) %}{{ messages[0].content }}{% endfor %}"
     with pytest.raises(InvalidRequestError, match="more than 1000 characters"):
         ChatTemplate(source).render(USER)
@@ -255,7 +255,7 @@ def test_operators_work():
 
 @pytest.mark.parametrize("body", ["", "x"])
 def test_a_template_that_does_not_end(monkeypatch, body):
-    monkeypatch.setattr(template, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
     loops = "{% for a in range(99999) %}{% for b in messages * 99999 %}" + body + "{% endfor %}{% endfor %}"
     with pytest.raises(InvalidRequestError, match=r"longer than 0\.05 seconds"):
         ChatTemplate(loops).render(USER)

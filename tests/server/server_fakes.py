@@ -18,11 +18,13 @@ from typing import Any
 
 import httpx
 import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tern.chat import ChatProtocol
 from tern.engine import Finish, FinishReason, GeneratedToken, Request, ScoredToken, TokenLogprob
+from tern.engine.stats import EngineFacts
 from tern.errors import ContextLengthError, EngineUnavailableError, QueueFullError
 from tern.server import AppState, ServerOptions, create_app
 from tern.server.run import listen, server_config
@@ -157,10 +159,14 @@ class ScriptedEngine:
             failed_steps=0,
             finished=dict(self.finished),
             last_step_seconds=0.0,
+            steps_by_tokens=(5, 2, *[0] * 12),
             disk_hit_tokens=8,
             disk_bytes_read=3000,
             disk_bytes_written=5000,
         )
+
+    def facts(self) -> EngineFacts:
+        return EngineFacts("float32", "wint4", "int8", "cpu", 8, 2048, 16, 100, prefix_caching=True)
 
     def heartbeat_age(self) -> float:
         return self.age
@@ -336,10 +342,19 @@ def identity(name: str = "tern-test", **defaults: Any) -> Any:
     return SimpleNamespace(name=name, generation=generation)
 
 
+def metric(text: str, name: str, **labels: str) -> float:
+    """The value of the one sample in the text of /metrics that has this name and these labels among its own."""
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    (value,) = [s.value for s in samples if s.name == name and labels.items() <= s.labels.items()]
+    return value
+
+
 @contextmanager
-def serve(engine: Any, protocol: ChatProtocol, model: Any = None, **options: Any) -> Iterator[Live]:
+def serve(
+    engine: Any, protocol: ChatProtocol, model: Any = None, *, tracing: Any = None, **options: Any
+) -> Iterator[Live]:
     """Serve on a free loopback port until the block is left."""
-    state = AppState.create(engine, protocol, model or identity(), ServerOptions(port=0, **options))
+    state = AppState.create(engine, protocol, model or identity(), ServerOptions(port=0, **options), tracing=tracing)
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(server_config(create_app(state)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

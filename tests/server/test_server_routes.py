@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import USER, WEATHER_CALL, WEATHER_TOOL, Live, ScriptedEngine, identity, serve
+from server_fakes import USER, WEATHER_CALL, WEATHER_TOOL, Live, ScriptedEngine, identity, metric, serve
 
 import tern
 from tern.chat import ChatProtocol
@@ -21,6 +21,18 @@ def test_models(server: Live) -> None:
     assert listed["object"] == "list"
     (card,) = listed["data"]
     assert (card["id"], card["object"], card["max_model_len"]) == ("tern-test", "model", 2048)
+    assert (card["root"], card["parent"], card["permission"][0]["allow_sampling"]) == ("tern-test", None, True)
+    assert card["tern"] == {
+        "dtype": "float32",
+        "quantization": "wint4",
+        "kv_cache_dtype": "int8",
+        "device": "cpu",
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 2048,
+        "block_size": 16,
+        "num_blocks": 100,
+        "prefix_caching": True,
+    }
     assert server.client.get("/v1/models/tern-test").json() == card
 
 
@@ -128,12 +140,6 @@ def test_reading_a_large_chat_does_not_stall_the_others(server: Live, monkeypatc
         assert waiting.result().status_code == 200
 
 
-def metric(text: str, name: str) -> float:
-    """The value of one line of /metrics."""
-    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
-    return float(line.split()[-1])
-
-
 def test_metrics(server: Live) -> None:
     def read() -> str:
         response = server.client.get("/metrics")
@@ -146,22 +152,22 @@ def test_metrics(server: Live) -> None:
     server.client.post("/v1/chat/completions", json={"messages": []})
     after = read()
 
-    def grown(name: str) -> float:
-        return metric(after, name) - metric(before, name)
+    def grown(name: str, **labels: str) -> float:
+        return metric(after, name, **labels) - metric(before, name, **labels)
 
-    assert grown('tern:request_success_total{finished_reason="stop"}') == 1
+    assert grown("vllm:request_success_total", finished_reason="stop") == 1
     assert grown("tern:reasoning_tokens_total") == usage["completion_tokens_details"]["reasoning_tokens"]
-    assert grown("tern:generation_tokens_total") == usage["completion_tokens"]
-    assert grown("tern:time_to_first_token_seconds_count") == 1
-    assert grown("tern:inter_token_latency_seconds_count") == usage["completion_tokens"] - 1
-    assert grown("tern:e2e_request_latency_seconds_count") == 1
-    assert metric(after, 'tern:request_refused_total{code="400"}') >= 1
-    assert metric(after, "tern:kv_cache_usage_perc") == 0.25
-    assert metric(after, "tern:num_requests_running") == 0
-    assert metric(after, "tern:num_requests_waiting") == 0
-    assert metric(after, "tern:spec_decode_num_draft_tokens_total") == 30
-    assert metric(after, "tern:spec_decode_num_accepted_tokens_total") == 20
-    assert (metric(after, "tern:prefix_cache_queries_total"), metric(after, "tern:prefix_cache_hits_total")) == (40, 16)
+    assert grown("vllm:generation_tokens_total") == usage["completion_tokens"]
+    assert grown("vllm:time_to_first_token_seconds_count") == 1
+    assert grown("vllm:inter_token_latency_seconds_count") == usage["completion_tokens"] - 1
+    assert grown("vllm:e2e_request_latency_seconds_count") == 1
+    assert metric(after, "tern:request_refused_total", code="400") >= 1
+    assert metric(after, "vllm:kv_cache_usage_perc") == 0.25
+    assert metric(after, "vllm:num_requests_running") == 0
+    assert metric(after, "vllm:num_requests_waiting") == 0
+    assert metric(after, "vllm:spec_decode_num_draft_tokens_total") == 30
+    assert metric(after, "vllm:spec_decode_num_accepted_tokens_total") == 20
+    assert (metric(after, "vllm:prefix_cache_queries_total"), metric(after, "vllm:prefix_cache_hits_total")) == (40, 16)
     disk = [metric(after, f"tern:disk_cache_{name}_total") for name in ("hits", "read_bytes", "written_bytes")]
     assert disk == [8, 3000, 5000]
 

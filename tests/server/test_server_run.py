@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
-from server_fakes import USER, ScriptedEngine, identity, serve, write_tokenizer
+from server_fakes import USER, ScriptedEngine, identity, metric, serve, write_tokenizer
 
 from tern.chat import ChatProtocol
 from tern.errors import CheckpointError, OptionError
@@ -118,6 +118,7 @@ def test_while_the_model_loads_everything_is_503(loading: tuple[subprocess.Popen
         assert answer.status_code == 503
         assert "loading" in answer.json()["error"]["message"]
         assert int(answer.headers["retry-after"]) > 0
+        assert len(answer.headers["x-request-id"]) == 32
     flag.unlink()
     assert popen.stdout is not None
     assert popen.stdout.readline().strip() == url
@@ -226,7 +227,7 @@ def test_metrics_on_their_own_port(protocol: ChatProtocol, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, "tern.server"), metrics_server(options, registry):
         AppState.create(ScriptedEngine(protocol), protocol, identity(), options, registry)
         url = caplog.messages[-1].split()[-1]
-        assert "tern:num_requests_running 0.0" in httpx.get(url, timeout=60).text
+        assert metric(httpx.get(url, timeout=60).text, "vllm:num_requests_running") == 0
 
 
 @pytest.mark.parametrize(
@@ -266,6 +267,27 @@ def test_a_suggested_command_has_a_place_for_the_key_but_never_the_key(protocol:
 def test_a_public_address_needs_a_key_or_insistence() -> None:
     assert ServerOptions(host="0.0.0.0", api_keys=("k",)).host == "0.0.0.0"
     assert ServerOptions(host="::", allow_public=True).host == "::"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "only this machine can reach it, no key asked for"),
+        ({"api_keys": ("sesame",)}, "only this machine can reach it, 1 API key asked for"),
+        ({"host": "0.0.0.0", "api_keys": ("sesame", "b")}, "other machines can reach it, 2 API keys asked for"),
+    ],
+)
+def test_the_log_says_who_can_reach_the_server(
+    options: dict[str, Any], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def load() -> Loaded:
+        raise CheckpointError("It is broken.")
+
+    with caplog.at_level(logging.INFO, "tern.server"), pytest.raises(CheckpointError):
+        run_server(load, ServerOptions(port=0, **options))
+    (line,) = [message for message in caplog.messages if message.startswith("listening on http://")]
+    assert said in line
+    assert "sesame" not in caplog.text
 
 
 @pytest.mark.parametrize(
