@@ -46,7 +46,11 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and answer together, tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
+    target_step_seconds: Annotated[
+        float | None, typer.Option(help="How long answers may pause for others' prompts; default 0.5.")
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Most requests waiting; more get 429.")] = None,
+    max_queue_tokens: Annotated[int | None, typer.Option(help="Most tokens of their prompts; more get 429.")] = None,
     kv_cache_memory: Annotated[float | None, typer.Option(help="Memory for the KV cache, GiB.")] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, bfloat16 or int8: half the memory at long contexts.")
@@ -87,7 +91,9 @@ def serve(
     chosen = {
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
+        "target_step_seconds": target_step_seconds,
         "max_queue": max_queue,
+        "max_queue_tokens": max_queue_tokens,
         "block_size": block_size,
         "speculation": speculation,
         "num_speculative_tokens": num_speculative_tokens,

@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from tern.checkpoint import ModelSource, load_model, weights_identity
+from tern.engine.admission import Admission
 from tern.engine.block_files import open_directory
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.cache_size import cache_dtype, free_memory, resolve_max_model_len, resolve_num_blocks
 from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
 from tern.engine.options import EngineOptions
+from tern.engine.prompt_room import PromptRoom
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
 from tern.engine.runner import Runner, Sampled
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
 from tern.engine.stats import EngineStats
-from tern.errors import ContextLengthError, InvalidRequestError, OptionError, QueueFullError
+from tern.errors import ContextLengthError, InvalidRequestError, OptionError
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
@@ -83,12 +85,17 @@ class Engine:
         self.pool = BlockPool(
             num_blocks, options.block_size, caching=options.enable_prefix_caching, store=self.disk_cache
         )
+        self.prompt_room: PromptRoom | None = None
+        if options.target_step_seconds is not None:
+            self.prompt_room = PromptRoom(options.target_step_seconds, options.max_num_batched_tokens)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             drafter=self.drafter,
+            prompt_bounds=self.prompt_room,
         )
+        self.admission = Admission(options)
         self.sequences: dict[str, Sequence] = {}  # every request that is not finished
         self.consecutive_failures = 0
         self._finished = dict.fromkeys(FinishReason, 0)
@@ -137,17 +144,9 @@ class Engine:
 
         Raises `InvalidRequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
         """
-        self.check_queue(len(self.sequences))
-        self.enqueue(self.prepare(request))
-
-    def check_queue(self, num_open: int) -> None:
-        """Raise `QueueFullError` if `num_open` unfinished requests fill every running place and the queue."""
-        waiting, limit = num_open - self.options.max_num_seqs, self.options.max_queue
-        if limit is not None and waiting >= limit:
-            raise QueueFullError(
-                f"{waiting} requests are waiting and max_queue is {limit}: try again later.",
-                retry_after=1.0,
-            )
+        sequence = self.prepare(request)
+        self.admission.check(len(self.sequences), self.scheduler.waiting_tokens, sequence.num_queue_tokens)
+        self.enqueue(sequence)
 
     def prepare(self, request: Request) -> Sequence:
         """Check a request against this engine and build its sequence; reads nothing that a step changes."""
@@ -209,6 +208,7 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
+            waiting_tokens=self.scheduler.waiting_tokens,
             blocks_total=self.pool.num_blocks,
             blocks_free=self.pool.num_free_blocks,
             blocks_cached=self.pool.num_cached_blocks,
@@ -287,8 +287,16 @@ class Engine:
         self._steps += 1
         self._computed_tokens += sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         self._last_step_seconds = result.seconds + result.predictor_seconds
+        self._learn_speed(chunks, self._last_step_seconds)
         self.drafter.learn(chunks, result.sampled, result.seconds, result.predictor_seconds)
         return result.sampled
+
+    def _learn_speed(self, chunks: Ordered[Chunk], seconds: float) -> None:
+        decodes = sum(chunk.is_decode for chunk in chunks)
+        prompt_tokens = sum(chunk.num_tokens for chunk in chunks) - decodes
+        self.admission.learn(prompt_tokens, seconds)
+        if self.prompt_room is not None:
+            self.prompt_room.learn(decodes, prompt_tokens, seconds)
 
     def _fail_step(self, chunks: Ordered[Chunk]) -> None:
         """End the requests of a batch that could not be computed; the others lose nothing."""
@@ -361,6 +369,7 @@ class Engine:
         """Tell the sink of a sequence that stands in no queue any more."""
         del self.sequences[sequence.request_id]
         self._finished[reason] += 1
+        self.admission.ended()
         finish = Finish(
             reason=reason,
             num_prompt_tokens=sequence.num_prompt_tokens,

@@ -101,7 +101,7 @@ class EngineService:
                 raise InvalidRequestError(
                     f"A request {request.request_id!r} is already being served: choose another id.", param="request_id"
                 )
-            self._engine.check_queue(len(self._submitted) + len(self._engine.sequences))
+            self._check_queue(sequence)
             self._submitted[request.request_id] = sequence
             self._changed.notify_all()
 
@@ -142,6 +142,14 @@ class EngineService:
 
     def _is_open(self, request_id: str) -> bool:
         return request_id in self._submitted or request_id in self._engine.sequences
+
+    def _check_queue(self, sequence: Sequence) -> None:
+        submitted = sum(other.num_queue_tokens for other in self._submitted.values())
+        self._engine.admission.check(
+            len(self._submitted) + len(self._engine.sequences),
+            submitted + self._engine.scheduler.waiting_tokens,
+            sequence.num_queue_tokens,
+        )
 
     def _run(self) -> None:
         try:

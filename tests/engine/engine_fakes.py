@@ -212,7 +212,7 @@ class MemoryStore:
 def make_engine(model: Any = None, **options: Any) -> Engine:
     """A small engine; without another wish 4-token blocks for four full sequences."""
     values: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
-    values["speculation"] = "off"  # or the number of steps would depend on how long they take
+    values |= {"speculation": "off", "target_step_seconds": None}  # or steps would depend on how long they take
     return Engine(model or HashModel(), {EOS}, EngineOptions.from_keywords(**{**values, **options}))
 
 

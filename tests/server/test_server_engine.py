@@ -161,6 +161,7 @@ def real(model: tuple[Any, ChatProtocol]) -> Iterator[RealServer]:
         num_kv_blocks=96,
         block_size=8,
         speculation="off",  # passes are counted
+        target_step_seconds=None,
         check_integrity_when_idle=True,
     )
     engine = Engine(network, {EOS}, options)
