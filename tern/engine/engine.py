@@ -12,6 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
 from tern.engine.stats import EngineStats
+from tern.engine.step_failures import Outcome, compute_what_can_be, explain
 from tern.errors import ContextLengthError, InvalidRequestError, OptionError
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STEP_FAILED = "The engine failed while computing this request; its log says why. Other requests go on: try again."
 SINK_FAILED = "The request ended because its tokens could not be delivered."
 
 
@@ -133,10 +134,10 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return self._idle()
-        sampled = self._compute(chunks)
-        if sampled is not None:
-            self.scheduler.commit(chunks)
-            self._deliver(chunks, sampled)
+        outcome = self._compute(chunks)
+        self.scheduler.commit(outcome.computed)
+        self._deliver(outcome.computed, outcome.sampled)
+        self._give_up(outcome.failed)
         return True
 
     def add(self, request: Request) -> None:
@@ -199,8 +200,9 @@ class Engine:
                 self.scheduler.remove(sequence)
             except Exception:
                 logger.exception("Request %r could not be taken from the queues", sequence.request_id)
-                self.pool.release(sequence)
                 sequence.status = SequenceStatus.FINISHED
+                with suppress(Exception):  # the pool may be what is broken
+                    self.pool.release(sequence)
             self._end(sequence, reason, message=message)
 
     def stats(self) -> EngineStats:
@@ -275,15 +277,20 @@ class Engine:
                 param="min_tokens" if request.params.min_tokens > 0 else "bad_words",
             )
 
-    def _compute(self, chunks: Ordered[Chunk]) -> list[Sampled] | None:
-        """Run the chunks; None if that failed, and then their requests have been ended."""
+    def _compute(self, chunks: Ordered[Chunk]) -> Outcome:
+        """Run the chunks, and count how often in a row none of them could be computed."""
+        outcome = compute_what_can_be(chunks, self._attempt)
+        self._failed_steps += outcome.repeated or bool(outcome.failed)
+        self.consecutive_failures = 0 if outcome.computed else self.consecutive_failures + 1
+        return outcome
+
+    def _attempt(self, chunks: Ordered[Chunk]) -> list[Sampled] | str:
+        """Run the chunks -> what they gave, or the sentence for those whose requests cannot be computed."""
         try:
             result = self.runner.run(chunks, self.drafter.follows)
-        except Exception:
+        except Exception as error:
             logger.exception("A step of %d sequences failed", len(chunks))
-            self._fail_step(chunks)
-            return None
-        self.consecutive_failures = 0
+            return explain(error)
         self._steps += 1
         self._computed_tokens += sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         self._last_step_seconds = result.seconds + result.predictor_seconds
@@ -291,20 +298,19 @@ class Engine:
         self.drafter.learn(chunks, result.sampled, result.seconds, result.predictor_seconds)
         return result.sampled
 
+    def _give_up(self, failed: Ordered[tuple[Sequence, str]]) -> None:
+        """End the requests that could not be computed; the others lose nothing."""
+        for sequence, message in failed:
+            self._finish(sequence, FinishReason.ERROR, message=message)
+        if failed:
+            self.check_integrity()
+
     def _learn_speed(self, chunks: Ordered[Chunk], seconds: float) -> None:
         decodes = sum(chunk.is_decode for chunk in chunks)
         prompt_tokens = sum(chunk.num_tokens for chunk in chunks) - decodes
         self.admission.learn(prompt_tokens, seconds)
         if self.prompt_room is not None:
             self.prompt_room.learn(decodes, prompt_tokens, seconds)
-
-    def _fail_step(self, chunks: Ordered[Chunk]) -> None:
-        """End the requests of a batch that could not be computed; the others lose nothing."""
-        self.consecutive_failures += 1
-        self._failed_steps += 1
-        for chunk in chunks:
-            self._finish(chunk.sequence, FinishReason.ERROR, message=STEP_FAILED)
-        self.check_integrity()
 
     def _deliver(self, chunks: Ordered[Chunk], sampled: Ordered[Sampled]) -> None:
         sampling = (chunk.sequence for chunk in chunks if chunk.samples)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from enum import StrEnum
 
 from tern.engine.engine import Engine
@@ -156,17 +157,24 @@ class EngineService:
             while self._turn():
                 pass
             self._engine.end_all(FinishReason.CANCELLED, STOPPED)
-        except Exception:
+        except BaseException:  # whatever it is: nobody else would notice that the thread is gone
             logger.exception("The engine has failed")
-            with self._changed:
-                self._state = ServiceState.FAILED
-                self._take_submitted()
-            self._engine.end_all(FinishReason.ERROR, FAILED)
+            self._fail()
         finally:
             with self._changed:
                 self._idle = True
                 self._changed.notify_all()
             self._engine.close()
+
+    def _fail(self) -> None:
+        """Take no more requests, and end all there are."""
+        with self._changed:
+            self._state = ServiceState.FAILED
+            submitted, self._submitted = list(self._submitted.values()), {}
+        for sequence in submitted:
+            with suppress(Exception):  # the queues may be what is broken; known to the engine it ends all the same
+                self._engine.enqueue(sequence)
+        self._engine.end_all(FinishReason.ERROR, FAILED)
 
     def _turn(self) -> bool:
         """Take up what callers left, then do one step, or sleep until there is one to do; False to end the thread."""

@@ -40,6 +40,7 @@ class HashModel:
         self.batches: list[Batch] = []
         self.kv: KVCache | None = None  # the cache of the newest step
         self.fail_next = 0
+        self.poison_token: int | None = None  # a batch that contains it fails
         self.spoil_token: int | None = None  # a context that contains it gives logits that are not finite
 
     def hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
@@ -51,6 +52,8 @@ class HashModel:
         size = kv.block_size
         kv.keys.view(-1)[batch.slots] = batch.token_ids.float()
         kv.values.view(-1)[batch.slots] = batch.positions.float()
+        if self.poison_token in batch.token_ids.tolist():
+            raise RuntimeError("the fake model chokes on the poison")
         rows = []
         starts = batch.query_starts.tolist()
         for index, context_len in enumerate(batch.context_lens.tolist()):
