@@ -65,6 +65,9 @@ def serve(
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that a request may take in all; default: no limit.")
+    ] = None,
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests get on SIGTERM.")
     ] = 30.0,
@@ -118,6 +121,7 @@ def serve(
         api_keys=tuple(api_key or ()),
         allow_public=allow_public,
         served_model_name=served_model_name,
+        request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
     )
     _open_and_run(model_tag or model, revision, hf_token, engine_options, server_options)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tern.chat import TextStream
 from tern.engine import Request, SamplingParams
 from tern.errors import InvalidRequestError
-from tern.server.generation import Generation
+from tern.server.generation import Generation, TimeLimit
 from tern.server.sink import ChoiceSink, EventParser, Mailbox
 from tern.server.state import AppState
 
@@ -78,7 +78,9 @@ def start(state: AppState, plan: Plan) -> Generation:
                 choice_index=index % params.n,
             )
         )
-    return Generation(state.engine, mailbox, requests)
+    seconds = state.options.request_timeout
+    limit = None if seconds is None else TimeLimit(seconds, plan.arrived)
+    return Generation(state.engine, mailbox, requests, limit)
 
 
 def cache_salt(owner: str | None) -> bytes:
