@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,7 +150,16 @@ def _open_and_run(
         return Loaded(EngineService(engine), ChatProtocol.from_directory(source.directory, source.text_files), source)
 
     key = server_options.curl_key
-    run_server(load, server_options, on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url, key=key)))
+    run_server(load, server_options, on_ready=lambda name, url: _say(_TRY.format(name=name, url=url, key=key)))
+
+
+def _say(text: str) -> None:
+    """Print, if standard output takes it: a full disk or a reader that is gone is no reason not to serve."""
+    try:
+        typer.echo(text)
+    except OSError as error:
+        logger.warning("standard output cannot be written: %s", error.strerror or error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes there
 
 
 def configure_logging(level: str) -> None:

@@ -6,10 +6,12 @@ import ast
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,27 @@ def test_a_log_on_a_full_disk_stops_nothing(start: Any) -> None:
     assert server.end() == 0
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full disk at hand")
+def test_an_output_on_a_full_disk_stops_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", f"import sys\n{SERVE}", "--port", port]
+        popen = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    try:
+        status = 0
+        while status != 200 and popen.poll() is None:
+            with suppress(httpx.ConnectError):
+                status = httpx.get(f"http://127.0.0.1:{port}/ready", timeout=60).status_code
+            time.sleep(0.02)
+        popen.send_signal(signal.SIGTERM)
+        _, log = popen.communicate(timeout=60)
+    finally:
+        popen.kill()
+    assert (status, popen.returncode) == (200, 0), log
+    assert "standard output cannot be written" in log
+
+
 def test_a_clock_that_jumps_changes_nothing(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter(range(10**9, 0, -(10**6)))
     monkeypatch.setattr(time, "time", lambda: float(next(moments)))
@@ -115,27 +138,29 @@ def test_a_clock_that_jumps_changes_nothing(server: Live, monkeypatch: pytest.Mo
     server.still_serves()
 
 
-WALL_CLOCK = {
-    "bench/setting.py": "the date on a report",
-    "engine/block_files.py": "files have no other clock",
-    "server/chat_completions.py": "`created`",
-    "server/completions.py": "`created`",
-    "server/state.py": "`created`",
-}
-"""Where the time of day is read, and why; durations are measured by clocks that never jump."""
+DATES = {"bench/setting.py": "the date on a report", "engine/block_files.py": "files have no other clock"}
+"""Where the time of day is read as more than a timestamp in whole seconds, and why."""
 
 
 def reads_the_time_of_day(path: Path) -> bool:
-    """Whether a module calls `time.time`, or a `now` of datetime."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            if (node.value.id, node.attr) in {("time", "time"), ("time", "time_ns")}:
-                return True
-            if node.value.id in ("datetime", "date") and node.attr in ("now", "utcnow", "today"):
-                return True
-    return False
+    """Whether a module uses `time.time` or a `now` of datetime other than as `int(time.time())`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    stamps = {
+        id(node.args[0].func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "int" and node.args
+        if isinstance(node.args[0], ast.Call)
+    }
+    clocks = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("date", "today")}
+    return any(
+        (node.value.id, node.attr) in clocks and id(node) not in stamps
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    )
 
 
-def test_no_duration_is_measured_by_the_time_of_day() -> None:
+def test_no_duration_is_measured_by_the_time_of_day(tmp_path: Path) -> None:
     found = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if reads_the_time_of_day(path)}
-    assert found <= WALL_CLOCK.keys()
+    assert found == DATES.keys()
+    (tmp_path / "wrong.py").write_text("import time\nbegun = time.time()\n")
+    assert reads_the_time_of_day(tmp_path / "wrong.py")
