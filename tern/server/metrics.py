@@ -6,10 +6,12 @@ are delivered, thinking tokens, refused requests) is counted here.
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from tern.engine import FinishReason
@@ -37,6 +39,8 @@ class Metrics:
     def __init__(self, engine: EngineDoor, registry: CollectorRegistry) -> None:
         self.registry = registry
         registry.register(_EngineCollector(engine))
+        registry.register(_LeakCollector())
+        ProcessCollector(registry=registry)
         self._outcomes = Counter(
             "tern:request_success", "Choices by how they ended.", ["finished_reason"], registry=registry
         )
@@ -112,6 +116,9 @@ class _EngineCollector:
         used = 1.0 - stats.blocks_free / stats.blocks_total if stats.blocks_total else 0.0
         yield GaugeMetricFamily("tern:num_requests_running", "Choices being computed.", value=stats.running)
         yield GaugeMetricFamily("tern:num_requests_waiting", "Choices in the queue.", value=stats.waiting)
+        yield GaugeMetricFamily(
+            "tern:num_tokens_waiting", "Tokens of prompts in the queue.", value=stats.waiting_tokens
+        )
         yield GaugeMetricFamily("tern:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", value=used)
         counters = (
             ("tern:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
@@ -127,3 +134,16 @@ class _EngineCollector:
         )
         for name, text, value in counters:
             yield CounterMetricFamily(name, text, value=value)
+
+
+class _LeakCollector:
+    """What grows when something is not given back, beside memory and file descriptors, which `ProcessCollector` has."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Threads, and the tasks of the event loop where it is that which asks."""
+        yield GaugeMetricFamily("tern:threads", "Threads of the process.", value=threading.active_count())
+        try:
+            tasks = asyncio.all_tasks()
+        except RuntimeError:  # --metrics-port is served by a thread without a loop
+            return
+        yield GaugeMetricFamily("tern:asyncio_tasks", "Tasks of the event loop.", value=len(tasks))

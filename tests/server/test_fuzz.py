@@ -46,26 +46,8 @@ texts = st.one_of(
 )
 names = st.sampled_from(
     [
-        "role",
-        "content",
-        "type",
-        "text",
-        "function",
-        "name",
-        "arguments",
-        "parameters",
-        "tool_calls",
-        "id",
-        "$ref",
-        "tool_call_id",
-        "reasoning_content",
-        "properties",
-        "items",
-        "enum",
-        "anyOf",
-        "json_schema",
-        "schema",
-        "5",
+        *("role", "content", "type", "text", "function", "name", "arguments", "parameters", "tool_calls", "id"),
+        *("tool_call_id", "reasoning_content", "properties", "items", "enum", "anyOf", "json_schema", "$ref", "5"),
     ]
 )
 leaves = st.one_of(st.none(), st.booleans(), numbers, texts)
