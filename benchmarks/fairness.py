@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found["without one"] = measure(engine, wanted.decoders, wanted.prompt_tokens)
     except TernError as error:
         made.exit(2, f"{error}\n")
-    setting = Setting.now(["python", "-m", "benchmarks.fairness", *(arguments or [])])
+    setting = Setting.now(["python", "-m", "benchmarks.fairness", *(sys.argv[1:] if arguments is None else arguments)])
     print(f"{setting.processor}, {setting.memory_gb:.0f} GB, {setting.date}")
     for name, one in found.items():
         for where, pauses in (("alone", one.alone), ("beside the prompt", one.beside)):

@@ -14,6 +14,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -130,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds = measure(wanted.model, wanted)
     except TernError as error:
         made.exit(2, f"{error}\n")
-    setting = Setting.now(["python", "-m", "benchmarks.throughput", *(arguments or [])])
+    setting = Setting.now(
+        ["python", "-m", "benchmarks.throughput", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     print(f"{setting.processor}, {setting.memory_gb:.0f} GB, {setting.date}")
     for one in rounds:
         print(f"offline {one.offline:8.1f} tokens/s   server {one.server:8.1f} tokens/s   ratio {one.ratio:.3f}")
