@@ -79,6 +79,11 @@ class EngineService:
         options = self._engine.options
         return None if options.max_queue is None else options.max_num_seqs + options.max_queue
 
+    @property
+    def token_capacity(self) -> int | None:
+        """Most prompt tokens that may wait at once, if they are several prompts'; None has no limit."""
+        return self._engine.options.max_queue_tokens
+
     def start(self) -> None:
         """Begin to serve."""
         with self._changed:

@@ -41,7 +41,7 @@ class Plan:
 def start(state: AppState, plan: Plan) -> Generation:
     """A generation for the plan, not submitted yet. Call it on the event loop that will read the updates.
 
-    Raises `InvalidRequestError` for more choices than the engine ever takes at once.
+    Raises `InvalidRequestError` for more choices, or more prompt tokens, than the engine ever takes at once.
     """
     params = plan.params
     count, capacity = len(plan.prompts) * params.n, state.engine.capacity
@@ -50,6 +50,13 @@ def start(state: AppState, plan: Plan) -> Generation:
             f"The request asks for {count} choices ({len(plan.prompts)} prompts, n {params.n}), but this server takes "
             f"at most {capacity} at once: ask for fewer.",
             param="n" if params.n > 1 else "prompt",
+        )
+    tokens, most = sum(map(len, plan.prompts)), state.engine.token_capacity
+    if most is not None and tokens > most and len(plan.prompts) > 1:
+        raise InvalidRequestError(
+            f"The request has {len(plan.prompts)} prompts of {tokens} tokens in all, but at most {most} may wait here: "
+            "send them in several requests.",
+            param="prompt",
         )
     mailbox = Mailbox()
     stops = frozenset(params.stop_token_ids)

@@ -87,6 +87,7 @@ class ScriptedEngine:
     max_model_len: int = 2048
     queue_limit: int = 64
     capacity: int | None = 1024
+    token_capacity: int | None = None
     state: str = "starting"
     gate: threading.Event = field(default_factory=threading.Event)
     age: float = 0.0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.responses import JSONResponse
 from server_fakes import GREETING, USER, Live, ScriptedEngine, serve
@@ -62,7 +63,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(hasty: Live) -> N
     assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "timeout"
     assert '"finish_reason":"' not in response.text
     assert response.text.endswith("data: [DONE]\n\n")
-    assert hasty.engine.finished[FinishReason.CANCELLED] == before + 1
+    hasty.engine.wait_until(lambda: hasty.engine.finished[FinishReason.CANCELLED] == before + 1)
     hasty.engine.gate.set()
 
 
@@ -179,7 +180,7 @@ def threads(server: Live, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]
     return seen
 
 
-TEXT = "and on it goes " * 70_000  # a megabyte
+TEXT = "and on it goes " * 10_000
 TOOLS = [
     {"type": "function", "function": {"name": f"f{n}", "description": "x" * 900, "parameters": {"type": "object"}}}
     for n in range(100)
@@ -223,7 +224,33 @@ def test_short_texts_do_not_hop(server: Live, threads: dict[str, set[str]]) -> N
     assert not any("tern-text" in names for names in threads.values())
 
 
+@pytest.mark.soak
+def test_health_answers_at_once_while_long_texts_are_read(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock, and generously: what `threads` proves, seen from outside."""
+    monkeypatch.setattr(server.engine, "max_model_len", 2**30)
+    body = json.dumps({"prompt": TEXT * 7, "max_tokens": 1})  # a megabyte
+    readers = [threading.Thread(target=httpx.post, args=[server.url + "/v1/completions"], kwargs={"content": body})
+               for _ in range(4)]  # fmt: skip
+    for reader in readers:
+        reader.start()
+    slowest = 0.0
+    while any(reader.is_alive() for reader in readers):
+        asked = time.perf_counter()
+        assert server.client.get("/health").status_code == 200
+        slowest = max(slowest, time.perf_counter() - asked)
+    assert slowest < 1.0
+
+
 # --- the queue -------------------------------------------------------------------------------------------------------
+
+
+def test_more_prompt_tokens_than_ever_fit_are_no_full_queue(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine, "token_capacity", 100)
+    response = server.client.post("/v1/completions", json={"prompt": [[5] * 60, [6] * 41]})
+    assert response.status_code == 400
+    assert all(part in response.json()["error"]["message"] for part in ("2 prompts", "101 tokens", "100"))
+    for prompts in ([[5] * 60, [6] * 40], [5] * 101):
+        assert server.client.post("/v1/completions", json={"prompt": prompts, "n": 3}).status_code == 200
 
 
 def test_more_prompt_tokens_than_may_wait_are_told_when_to_come_back(server: Live) -> None:
