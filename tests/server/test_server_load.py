@@ -238,6 +238,8 @@ def test_health_answers_at_once_while_long_texts_are_read(server: Live, monkeypa
         asked = time.perf_counter()
         assert server.client.get("/health").status_code == 200
         slowest = max(slowest, time.perf_counter() - asked)
+    for reader in readers:
+        reader.join()
     assert slowest < 1.0
 
 
