@@ -49,14 +49,12 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None,
     target_step_seconds: Annotated[
-        float | None, typer.Option(help="How long answers may pause for others' prompts; default 0.5.")
+        float | None, typer.Option(help="Most pause for others' prompts; default 0.5.")
     ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Most requests waiting; more get 429.")] = None,
     max_queue_tokens: Annotated[int | None, typer.Option(help="Most tokens of their prompts; more get 429.")] = None,
     kv_cache_memory: Annotated[float | None, typer.Option(help="Memory for the KV cache, GiB.")] = None,
-    kv_cache_dtype: Annotated[
-        str, typer.Option(help="auto, bfloat16 or int8: half the memory at long contexts.")
-    ] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (half).")] = "auto",
     block_size: Annotated[int | None, typer.Option(help="Tokens in a KV block.")] = None,
     prefix_caching: Annotated[
         bool,
@@ -67,9 +65,7 @@ def serve(
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None,
-    request_timeout: Annotated[
-        float | None, typer.Option(help="Seconds that a request may take in all; default: no limit.")
-    ] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Most seconds for a request; default: none.")] = None,
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests get on SIGTERM.")
     ] = 30.0,
