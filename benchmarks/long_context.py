@@ -112,15 +112,24 @@ def measure(engine: Engine, depths: Sequence[int]) -> list[Depth]:
 
 
 def options(pairs: Sequence[str]) -> dict[str, object]:
-    """Engine options as they are typed, NAME=VALUE: whole numbers, true and false are what they look like."""
+    """Engine options as they are typed, NAME=VALUE: numbers, true and false are what they look like."""
     found: dict[str, object] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise OptionError(f"--option is {pair!r}: write NAME=VALUE, as in kv_cache_memory=8000000000.")
         words: dict[str, object] = {"true": True, "false": False}
-        found[name.replace("-", "_")] = int(value) if value.isdecimal() else words.get(value, value)
+        found[name.replace("-", "_")] = _number(value) if value[:1].isdecimal() else words.get(value, value)
     return found
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ TernError
 ├── UnknownModelError          no model of that name is served             HTTP 404
 ├── QueueFullError             try again later                             HTTP 429
 ├── EngineUnavailableError     loading, draining or dead                   HTTP 503
+├── EngineFailedError          the engine of a server died, and the server with it
 ├── CheckpointError            the files of a model are wrong or missing
 │   ├── UnsupportedConfigError   config.json asks for what Tern lacks
 │   └── HubError               a download could not be done
@@ -67,6 +68,10 @@ class QueueFullError(TernError):
 
 class EngineUnavailableError(TernError):
     """The engine is loading, draining or has failed."""
+
+
+class EngineFailedError(TernError):
+    """The engine of a server has failed for good; whoever watches the process must start another."""
 
 
 class CheckpointError(TernError):

@@ -203,8 +203,7 @@ class LLM:
         for name in NO_MEANING_HERE & engine_options.keys():
             del engine_options[name]
             logger.info("%s does nothing here", name)
-        engine_options = {"max_queue": None, **engine_options, "dtype": str(dtype).removeprefix("torch.")}
-        options = EngineOptions.from_keywords(**engine_options)
+        options = EngineOptions.for_one_caller(**engine_options, dtype=str(dtype).removeprefix("torch."))
         source = resolve_model(model, revision=revision, token=hf_token, progress=progress)
         self._engine = Engine.open(source, options, progress=progress)
         self._protocol = ChatProtocol.from_directory(source.directory, source.text_files)

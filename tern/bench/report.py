@@ -90,6 +90,7 @@ class Bench:
             num_kv_blocks=blocks,
             kv_cache_dtype=kv_cache_dtype,
             enable_prefix_caching=False,
+            target_step_seconds=None,
             speculation="off",
         )
         self.engine = Engine(self.model, (), options)

@@ -48,7 +48,7 @@ def run_batch(
     with _input(source, target) as lines:
         from tern.server.batch import AnswerFile, Tally
 
-        options = engine.options(max_queue=None)
+        options = engine.options(max_queue=None, max_queue_tokens=None, target_step_seconds=None)
         total = sum(1 for line in lines if line.strip())
         lines.seek(0)
         tally = Tally()

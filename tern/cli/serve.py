@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +14,8 @@ from tern.cli.engine_flags import EngineFlags, with_engine_flags
 from tern.cli.flags import check_parallelism, check_parser, names_in
 from tern.cli.more_help import MORE_HELP
 from tern.errors import OptionError
+
+logger = logging.getLogger("tern.serve")
 
 _TRY = """
 {name} answers at {url}. Try it:
@@ -49,12 +54,19 @@ def serve(
     max_connections: Annotated[int, typer.Option(hidden=True, help="Most connections open at once.")] = 1024,
     *,
     engine: EngineFlags,
+    target_step_seconds: Annotated[
+        float | None, typer.Option(help="Most pause for others' prompts; default 0.5.")
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Most requests waiting; more get 429.")] = None,
+    max_queue_tokens: Annotated[int | None, typer.Option(help="Most tokens of their prompts; more get 429.")] = None,
+    request_timeout: Annotated[
+        float | None, typer.Option(hidden=True, help="Most seconds for a request; default: none.")
+    ] = None,
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests get on SIGTERM.")
     ] = 30.0,
     keep_volatile_lines: Annotated[
-        bool, typer.Option("--keep-volatile-lines", help="Keep agents' billing lines in system prompts.")
+        bool, typer.Option("--keep-volatile-lines", hidden=True, help="Keep agents' billing lines in system prompts.")
     ] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_format: Annotated[str, typer.Option(help="text, or json: one object a line.")] = "text",
@@ -95,7 +107,12 @@ def serve(
 
     configure_logging(log_level, log_format, uvicorn_log_level)
 
-    engine_options = engine.options(**({} if max_queue is None else {"max_queue": max_queue}))
+    limits = {
+        "target_step_seconds": target_step_seconds,
+        "max_queue": max_queue,
+        "max_queue_tokens": max_queue_tokens,
+    }
+    engine_options = engine.options(**{name: value for name, value in limits.items() if value is not None})
     server_options = ServerOptions(
         host=host,
         port=port,
@@ -103,6 +120,7 @@ def serve(
         api_keys=(*(api_key or ()), *(keys_from_file(api_key_file) if api_key_file else ())),
         allow_public=allow_public,
         served_model_name=served_model_name,
+        request_timeout=request_timeout,
         shutdown_timeout=shutdown_timeout,
         drop_volatile_lines=not keep_volatile_lines,
         allowed_origins=names_in("--allowed-origins", allowed_origins),
@@ -118,5 +136,14 @@ def serve(
     run_server(
         lambda: engine.load(model_tag or model, engine_options),
         server_options,
-        on_ready=lambda name, url: typer.echo(_TRY.format(name=name, url=url, key=key)),
+        on_ready=lambda name, url: _say(_TRY.format(name=name, url=url, key=key)),
     )
+
+
+def _say(text: str) -> None:
+    """Print, if standard output takes it: a full disk or a reader that is gone is no reason not to serve."""
+    try:
+        typer.echo(text)
+    except OSError as error:
+        logger.warning("standard output cannot be written: %s", error.strerror or error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer goes there

@@ -85,7 +85,7 @@ class Session:
     def __init__(self, model: str | None, *, revision: str | None = None, **engine_options: Any) -> None:
         source = resolve_model(model, revision=revision)
         self.name = source.name
-        self._engine = Engine.open(source, EngineOptions.from_keywords(max_queue=None, **engine_options))
+        self._engine = Engine.open(source, EngineOptions.for_one_caller(**engine_options))
         self._protocol = ChatProtocol.from_directory(source.directory, source.text_files)
         self._defaults = source.generation.sampling_defaults()
         self._ids = itertools.count()

@@ -14,17 +14,20 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
 
 from tern.checkpoint import ModelSource, load_model, weights_identity
+from tern.engine.admission import Admission
 from tern.engine.block_files import open_directory
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.cache_size import cache_dtype, free_memory, resolve_max_model_len, resolve_num_blocks
 from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
 from tern.engine.options import EngineOptions
+from tern.engine.prompt_room import PromptRoom
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
 from tern.engine.runner import Runner, StepResult
 from tern.engine.sampler import GRAMMAR_FAILED
@@ -32,14 +35,14 @@ from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
 from tern.engine.stats import STEP_TOKENS, EngineStats
-from tern.errors import ContextLengthError, InvalidRequestError, OptionError, QueueFullError
+from tern.engine.step_failures import Outcome, compute_what_can_be, explain
+from tern.errors import ContextLengthError, InvalidRequestError, OptionError
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
 
 logger = logging.getLogger(__name__)
 
-STEP_FAILED = "The engine failed while computing this request; its log says why. Other requests go on: try again."
 SINK_FAILED = "The request ended because its tokens could not be delivered."
 
 
@@ -86,12 +89,17 @@ class Engine:
         self.pool = BlockPool(
             num_blocks, options.block_size, caching=options.enable_prefix_caching, store=self.disk_cache
         )
+        self.prompt_room: PromptRoom | None = None
+        if options.target_step_seconds is not None:
+            self.prompt_room = PromptRoom(options.target_step_seconds, options.max_num_batched_tokens)
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             drafter=self.drafter,
+            prompt_bounds=self.prompt_room,
         )
+        self.admission = Admission(options)
         self.sequences: dict[str, Sequence] = {}  # every request that is not finished
         self.consecutive_failures = 0
         self._finished = dict.fromkeys(FinishReason, 0)
@@ -136,11 +144,13 @@ class Engine:
         chunks = self.scheduler.schedule()
         if not chunks:
             return self._idle()
-        result = self._compute(chunks)
-        if result is not None:
-            self.scheduler.commit(chunks)
-            self._deliver_scores(chunks, result)
-            self._deliver(chunks, result)
+        outcome = self._compute(chunks)
+        for part in outcome.computed:
+            self.scheduler.commit(part.chunks)
+        for part in outcome.computed:
+            self._deliver_scores(part.chunks, part.result)
+            self._deliver(part.chunks, part.result)
+        self._give_up(outcome.failed)
         return True
 
     def add(self, request: Request) -> None:
@@ -148,17 +158,9 @@ class Engine:
 
         Raises `InvalidRequestError`, `ContextLengthError` or `QueueFullError`; nothing is queued then.
         """
-        self.check_queue(len(self.sequences))
-        self.enqueue(self.prepare(request))
-
-    def check_queue(self, num_open: int) -> None:
-        """Raise `QueueFullError` if `num_open` unfinished requests fill every running place and the queue."""
-        waiting, limit = num_open - self.options.max_num_seqs, self.options.max_queue
-        if limit is not None and waiting >= limit:
-            raise QueueFullError(
-                f"{waiting} requests are waiting and max_queue is {limit}: try again later.",
-                retry_after=1.0,
-            )
+        sequence = self.prepare(request)
+        self.admission.check(len(self.sequences), self.scheduler.waiting_tokens, sequence.num_queue_tokens)
+        self.enqueue(sequence)
 
     def prepare(self, request: Request) -> Sequence:
         """Check a request against this engine and build its sequence; reads nothing that a step changes."""
@@ -218,8 +220,9 @@ class Engine:
                 self.scheduler.remove(sequence)
             except Exception:
                 logger.exception("Request %r could not be taken from the queues", sequence.request_id)
-                self.pool.release(sequence)
                 sequence.status = SequenceStatus.FINISHED
+                with suppress(Exception):  # the pool may be what is broken
+                    self.pool.release(sequence)
             self._end(sequence, reason, message=message)
 
     def stats(self) -> EngineStats:
@@ -227,6 +230,7 @@ class Engine:
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
+            waiting_tokens=self.scheduler.waiting_tokens,
             blocks_total=self.pool.num_blocks,
             blocks_free=self.pool.num_free_blocks,
             blocks_cached=self.pool.num_cached_blocks,
@@ -302,30 +306,42 @@ class Engine:
                 param="allowed_token_ids",
             )
 
-    def _compute(self, chunks: Ordered[Chunk]) -> StepResult | None:
-        """Run the chunks; None if that failed, and then their requests have been ended."""
+    def _compute(self, chunks: Ordered[Chunk]) -> Outcome:
+        """Run the chunks, and count how often in a row none of them could be computed."""
+        outcome = compute_what_can_be(chunks, self._attempt)
+        self._failed_steps += outcome.repeated or bool(outcome.failed)
+        self.consecutive_failures = 0 if outcome.computed else self.consecutive_failures + 1
+        return outcome
+
+    def _attempt(self, chunks: Ordered[Chunk]) -> StepResult | str:
+        """Run the chunks -> what they gave, or the sentence for those whose requests cannot be computed."""
         try:
             result = self.runner.run(chunks, self.drafter.follows)
-        except Exception:
+        except Exception as error:
             logger.exception("A step of %d sequences failed", len(chunks))
-            self._fail_step(chunks)
-            return None
-        self.consecutive_failures = 0
+            return explain(error)
         self._steps += 1
         computed = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         self._computed_tokens += computed
         self._steps_by_tokens[bisect_left(STEP_TOKENS, computed)] += 1
         self._last_step_seconds = result.seconds + result.predictor_seconds
+        self._learn_speed(chunks, self._last_step_seconds)
         self.drafter.learn(chunks, result.sampled, result.seconds, result.predictor_seconds)
         return result
 
-    def _fail_step(self, chunks: Ordered[Chunk]) -> None:
-        """End the requests of a batch that could not be computed; the others lose nothing."""
-        self.consecutive_failures += 1
-        self._failed_steps += 1
-        for chunk in chunks:
-            self._finish(chunk.sequence, FinishReason.ERROR, message=STEP_FAILED)
-        self.check_integrity()
+    def _give_up(self, failed: Ordered[tuple[Sequence, str]]) -> None:
+        """End the requests that could not be computed; the others lose nothing."""
+        for sequence, message in failed:
+            self._finish(sequence, FinishReason.ERROR, message=message)
+        if failed:
+            self.check_integrity()
+
+    def _learn_speed(self, chunks: Ordered[Chunk], seconds: float) -> None:
+        decodes = sum(chunk.is_decode for chunk in chunks)
+        prompt_tokens = sum(chunk.num_tokens for chunk in chunks) - decodes
+        self.admission.learn(prompt_tokens, seconds)
+        if self.prompt_room is not None:
+            self.prompt_room.learn(decodes, prompt_tokens, seconds)
 
     def _deliver_scores(self, chunks: Ordered[Chunk], result: StepResult) -> None:
         """Hand the scores of prompt tokens on, and end the sequences that wanted nothing else."""
@@ -430,6 +446,7 @@ class Engine:
         """Tell the sink of a sequence that stands in no queue any more."""
         del self.sequences[sequence.request_id]
         self._finished[reason] += 1
+        self.admission.ended()
         finish = Finish(
             reason=reason,
             num_prompt_tokens=sequence.num_prompt_tokens,

@@ -27,13 +27,16 @@ class EngineOptions:
 
     `max_model_len`: longest sequence, prompt and answer together, in tokens; None is the model's own length.
     `max_num_seqs`: sequences computed together. `max_num_batched_tokens`: tokens of one step, all sequences together;
-    a smaller number answers running requests sooner while a long prompt is read, a larger one reads it faster.
+    a larger number reads long prompts faster where `target_step_seconds` leaves the time. That is what a step shall
+    take while sequences decode: the prompts beside them are read in chunks that fit it, so it bounds the time between
+    two tokens; None sets no aim.
     `block_size`: tokens a cache block holds. The cache's size is `num_kv_blocks` blocks or `kv_cache_memory` bytes or,
     with neither, what `tern.engine.cache_size` takes from free memory; `kv_cache_dtype` is what its keys and values are
     kept in: "auto" is the model's own type, "int8" about half of bfloat16's memory. `enable_prefix_caching` reuses the
     blocks of prompts that begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most
     `kv_cache_dir_size` bytes together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before
-    new ones are refused; None never refuses. `dtype` and `device` are those of the loaded model. `quantization` packs
+    new ones are refused; `max_queue_tokens`: tokens of their prompts that may, save that a single one always may; None
+    never refuses. `dtype` and `device` are those of the loaded model. `quantization` packs
     its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); "none" keeps them floats; None does as the files
     suggest: floats stay floats, weights of few bits are packed on the CPU. `speculation` says who drafts tokens that a
     step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where there
@@ -48,6 +51,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
+    target_step_seconds: float | None = 0.5
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_cache_memory: int | None = None
@@ -56,6 +60,7 @@ class EngineOptions:
     kv_cache_dir: str | os.PathLike[str] | None = None
     kv_cache_dir_size: int | None = None
     max_queue: int | None = 1024
+    max_queue_tokens: int | None = 2**22
     dtype: str = "auto"
     device: str = "auto"
     quantization: str | None = None
@@ -74,6 +79,8 @@ class EngineOptions:
         _optional_integer("kv_cache_memory", self.kv_cache_memory, 1, 2**50)
         _optional_integer("kv_cache_dir_size", self.kv_cache_dir_size, 1, 2**60)
         _optional_integer("max_queue", self.max_queue, 1, 2**20)
+        _optional_integer("max_queue_tokens", self.max_queue_tokens, 1, 2**40)
+        _check_target_step_seconds(self.target_step_seconds)
         for name in ("enable_prefix_caching", "check_integrity_when_idle"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}: it must be true or false.")
@@ -122,6 +129,14 @@ class EngineOptions:
             )
 
     @classmethod
+    def for_one_caller(cls, **values: Any) -> EngineOptions:
+        """Options by name, as `from_keywords`, of an engine whose caller sends what it likes and waits for all of it:
+        nothing is refused because much waits, and no step is cut short for the sake of others.
+        """
+        unhurried = {"max_queue": None, "max_queue_tokens": None, "target_step_seconds": None}
+        return cls.from_keywords(**{**unhurried, **values})
+
+    @classmethod
     def from_keywords(cls, **values: Any) -> EngineOptions:
         """Build options from names that a user wrote; an unknown name is refused with the nearest known one.
 
@@ -151,3 +166,8 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 def _optional_integer(name: str, value: object, low: int, high: int) -> None:
     if value is not None:
         _integer(name, value, low, high)
+
+
+def _check_target_step_seconds(value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600):
+        raise OptionError(f"target_step_seconds is {value!r}: it must be a number of seconds above 0, at most 3600.")

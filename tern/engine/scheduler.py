@@ -4,9 +4,15 @@ Two lists in order of service (priority, then arrival): `running` sequences own 
 ones own nothing. A step is composed in three moves:
 
     1. every running sequence gets the blocks for its new tokens; when none is free, the last in order is preempted
-    2. the budget is dealt to running sequences: decodes first, so that no prompt stalls them, then the rest in order
-    3. what is left admits waiting sequences, in order, each starting from the cached blocks its prompt begins with,
-       those found in memory and behind them those that the pool's store has
+    2. every decode gets its token, so that no prompt stalls them
+    3. what is left of the budget, and not more than `PromptBounds` allows beside the decodes, is dealt to prompts,
+       priority by priority, those that run and those that wait alike: half to the first in order, half to those that
+       are shorter, the shortest first; what these leave, to the rest in order. A waiting sequence that gets some starts
+       from the cached blocks its prompt begins with, found in memory and behind them in the pool's store
+
+So a short prompt passes a long one, which still is read at half the speed at least, and whoever waits comes to be the
+first in order one day (`docs/decisions/0017`). Where places or blocks are short, the first in order gets them: nobody
+passes it then.
 
 A step of decodes alone may carry drafts (`tern.engine.drafts`) in a fourth move, within the budget and in blocks that
 nobody else is about to need. A preempted sequence keeps its tokens, loses its blocks and is computed again later; its
@@ -20,6 +26,7 @@ import time
 from bisect import insort
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
+from itertools import groupby
 from operator import attrgetter
 from typing import Protocol
 
@@ -27,6 +34,7 @@ from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.sequence import Sequence, SequenceStatus
 
 _ORDER = attrgetter("order")
+_PRIORITY = attrgetter("request.priority")
 
 
 @dataclass(frozen=True)
@@ -63,8 +71,19 @@ class DraftSource(Protocol):
         ...
 
 
+class PromptBounds(Protocol):
+    """Who knows how many tokens of prompts a step has time for."""
+
+    def tokens(self, decodes: int) -> int:
+        """Prompt tokens that the next step may compute beside so many decodes, at least one."""
+        ...
+
+
 class Scheduler:
-    """Composes steps of at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens."""
+    """Composes steps of at most `max_num_seqs` sequences and `max_num_batched_tokens` tokens.
+
+    `waiting_tokens` are those of the prompts in the queue that were never started.
+    """
 
     def __init__(
         self,
@@ -73,29 +92,35 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         drafter: DraftSource | None = None,
+        prompt_bounds: PromptBounds | None = None,
     ) -> None:
         self.pool = pool
         self.drafter = drafter
+        self.prompt_bounds = prompt_bounds
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.waiting_tokens = 0
         self.num_preemptions = 0
         self.prompt_tokens = 0
         self.prefix_hit_tokens = 0
         self.restored_hit_tokens = 0
         self._arrivals = 0
+        self._admits = True  # whether the step that is being composed may still start sequences
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence behind those of its priority."""
         self._arrivals += 1
         sequence.arrival = self._arrivals
+        self.waiting_tokens += sequence.num_queue_tokens
         self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it stands, and free its blocks."""
         queue = self.running if sequence.status is SequenceStatus.RUNNING else self.waiting
         queue.remove(sequence)
+        self._count_started(sequence)
         self.pool.release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
@@ -104,9 +129,9 @@ class Scheduler:
         for sequence in self.running:
             self.pool.trim(sequence)
         ready, preempted = self._reserve_running()
-        chunks = self._deal(ready)
-        if not preempted:  # blocks just taken from one sequence are for those that run
-            self._admit(chunks)
+        self._admits = not preempted  # blocks just taken from one sequence are for those that run
+        chunks = [_chunk(sequence, 1) for sequence in ready if sequence.num_uncomputed_tokens == 1]
+        chunks += self._read([sequence for sequence in ready if sequence.num_uncomputed_tokens > 1], len(chunks))
         return self._with_drafts(chunks) if all(chunk.is_decode for chunk in chunks) else chunks
 
     def commit(self, chunks: Ordered[Chunk]) -> None:
@@ -130,6 +155,9 @@ class Scheduler:
                 raise IntegrityError(f"the {status.name} queue holds a sequence of another status: {queue}")
             if queue != sorted(queue, key=_ORDER):
                 raise IntegrityError(f"the {status.name} queue is out of order: {queue}")
+        unread = [s for s in [*self.waiting, *self.running] if s.num_cached_tokens is None]
+        if self.waiting_tokens != sum(sequence.num_queue_tokens for sequence in unread):
+            raise IntegrityError(f"{self.waiting_tokens} tokens are said to wait, but the queue is {self.waiting}")
         for sequence in self.waiting:
             if sequence.block_table or sequence.num_computed_tokens:
                 raise IntegrityError(f"{sequence} waits, yet owns blocks or computed tokens")
@@ -169,41 +197,70 @@ class Scheduler:
         self.num_preemptions += 1
         self._wait(sequence)
 
-    def _deal(self, ready: list[Sequence]) -> list[Chunk]:
-        """Deal the budget: single tokens first, then short runs (forced tokens, a prompt's end), then long prompts."""
-        budget = self.max_num_batched_tokens
+    def _read(self, prompts: list[Sequence], decodes: int) -> list[Chunk]:
+        """Chunks of running and waiting prompts beside so many decodes."""
+        room = self.max_num_batched_tokens - decodes
+        if self.prompt_bounds is not None:
+            room = min(room, self.prompt_bounds.tokens(decodes))
+        waiting = self.waiting if self._admits and len(self.running) < self.max_num_seqs else []
         chunks: list[Chunk] = []
-        for sequence in sorted(ready, key=self._length_class):
-            if budget == 0:
+        for _, peers in groupby(sorted([*prompts, *waiting], key=_ORDER), key=_PRIORITY):
+            if room <= 0:
                 break
-            chunks.append(_chunk(sequence, budget))
-            budget -= chunks[-1].num_tokens
+            dealt = self._deal(list(peers), room)
+            room -= sum(chunk.num_tokens for chunk in dealt)
+            chunks += dealt
         return chunks
 
-    def _length_class(self, sequence: Sequence) -> int:
-        left = sequence.num_uncomputed_tokens
-        return 0 if left == 1 else 1 if left <= self.pool.block_size else 2
+    def _deal(self, peers: list[Sequence], room: int) -> list[Chunk]:
+        """Deal up to `room` tokens to sequences of one priority, given in order.
 
-    def _admit(self, chunks: list[Chunk]) -> None:
-        """Start waiting sequences while budget, places and blocks last.
+        first             the shorter ones, shortest first    the others, in order
+        |-- half or all --|------ the other half at most ------|-- what is left ------|
+        """
+        first = next(filter(self._enters, peers), None)
+        if first is None:
+            return []
+        spare = room // 2 if first.num_uncomputed_tokens > room // 2 else room - first.num_uncomputed_tokens
+        others = [peer for peer in peers if peer is not first]
+        shorter = [peer for peer in others if peer.num_uncomputed_tokens < first.num_uncomputed_tokens]
+        chunks = self._serve(sorted(shorter, key=lambda peer: (peer.num_uncomputed_tokens, peer.order)), spare)
+        left = room - sum(chunk.num_tokens for chunk in chunks)
+        chunks.insert(0, _chunk(first, left))
+        served = {chunk.sequence for chunk in chunks}
+        return chunks + self._serve([peer for peer in others if peer not in served], left - chunks[0].num_tokens)
 
-        Each must leave the running ones a free block apiece, or it would be preempted at once. One whose next block a
+    def _serve(self, sequences: list[Sequence], room: int) -> list[Chunk]:
+        """Chunks of `sequences`, those of them that run or can be started, one after the other while `room` lasts."""
+        chunks: list[Chunk] = []
+        for sequence in sequences:
+            if room == 0:
+                break
+            if self._enters(sequence):
+                chunks.append(_chunk(sequence, room))
+                room -= chunks[-1].num_tokens
+        return chunks
+
+    def _enters(self, sequence: Sequence) -> bool:
+        """Whether the sequence runs; it is started if it waits and there is a place, and blocks.
+
+        It must leave the running ones a free block apiece, or it would be preempted at once. One whose next block a
         running sequence is computing right now waits for that instead of computing it too; others may go before it.
         """
-        budget = self.max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks)
-        for sequence in list(self.waiting):
-            if budget == 0 or len(self.running) == self.max_num_seqs:
-                return
-            self.pool.extend_digests(sequence)
-            if any(_computes_prefix(runner, sequence, self.pool.block_size) for runner in self.running):
-                continue
-            found = self.pool.find_prefix(sequence)
-            missing = self.pool.blocks_for(len(sequence.token_ids)) - len(found)
-            if missing + len(self.running) > self.pool.num_free_without(found):
-                return
-            self._start(sequence, found)
-            chunks.append(_chunk(sequence, budget))
-            budget -= chunks[-1].num_tokens
+        if sequence.status is SequenceStatus.RUNNING:
+            return True
+        if not self._admits or len(self.running) == self.max_num_seqs:
+            return False
+        self.pool.extend_digests(sequence)
+        if any(_computes_prefix(runner, sequence, self.pool.block_size) for runner in self.running):
+            return False
+        found = self.pool.find_prefix(sequence)
+        missing = self.pool.blocks_for(len(sequence.token_ids)) - len(found)
+        if missing + len(self.running) > self.pool.num_free_without(found):
+            self._admits = False
+            return False
+        self._start(sequence, found)
+        return True
 
     def _with_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
         """Let decodes carry drafts, in blocks beyond the free one apiece that the running sequences grow into."""
@@ -233,11 +290,17 @@ class Scheduler:
         self.pool.reserve(sequence)
         restored = self.pool.restore(sequence, len(found))
         sequence.num_computed_tokens = (len(found) + restored) * self.pool.block_size
+        self._count_started(sequence)
         if sequence.num_cached_tokens is None:  # a preempted sequence finding its own blocks again is no hit
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.prompt_tokens += sequence.num_prompt_tokens
             self.prefix_hit_tokens += sequence.num_cached_tokens
             self.restored_hit_tokens += restored * self.pool.block_size
+
+    def _count_started(self, sequence: Sequence) -> None:
+        """Note that the sequence waits no more; one that comes back after a preemption did not wait again."""
+        if sequence.num_cached_tokens is None:
+            self.waiting_tokens -= sequence.num_queue_tokens
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:

@@ -100,6 +100,11 @@ class Sequence:
         return ()
 
     @property
+    def num_queue_tokens(self) -> int:
+        """What it adds to the prompt tokens that wait; the choices of one request share theirs, which counts once."""
+        return 0 if self.request.choice_index else self.num_prompt_tokens
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are still missing."""
         return len(self.token_ids) - self.num_computed_tokens

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from enum import StrEnum
 
 from tern.engine.engine import Engine
@@ -78,6 +79,11 @@ class EngineService:
         options = self._engine.options
         return None if options.max_queue is None else options.max_num_seqs + options.max_queue
 
+    @property
+    def token_capacity(self) -> int | None:
+        """Most prompt tokens that may wait at once, if they are several prompts'; None has no limit."""
+        return self._engine.options.max_queue_tokens
+
     def start(self) -> None:
         """Begin to serve."""
         with self._changed:
@@ -101,7 +107,7 @@ class EngineService:
                 raise InvalidRequestError(
                     f"A request {request.request_id!r} is already being served: choose another id.", param="request_id"
                 )
-            self._engine.check_queue(len(self._submitted) + len(self._engine.sequences))
+            self._check_queue(sequence)
             self._submitted[request.request_id] = sequence
             self._changed.notify_all()
 
@@ -159,22 +165,37 @@ class EngineService:
     def _is_open(self, request_id: str) -> bool:
         return request_id in self._submitted or request_id in self._engine.sequences
 
+    def _check_queue(self, sequence: Sequence) -> None:
+        submitted = sum(other.num_queue_tokens for other in self._submitted.values())
+        self._engine.admission.check(
+            len(self._submitted) + len(self._engine.sequences),
+            submitted + self._engine.scheduler.waiting_tokens,
+            sequence.num_queue_tokens,
+        )
+
     def _run(self) -> None:
         try:
             while self._turn():
                 pass
             self._engine.end_all(FinishReason.CANCELLED, STOPPED)
-        except Exception:
+        except BaseException:  # whatever it is: nobody else would notice that the thread is gone
             logger.exception("The engine has failed")
-            with self._changed:
-                self._state = ServiceState.FAILED
-                self._take_submitted()
-            self._engine.end_all(FinishReason.ERROR, FAILED)
+            self._fail()
         finally:
             with self._changed:
                 self._idle = True
                 self._changed.notify_all()
             self._engine.close()
+
+    def _fail(self) -> None:
+        """Take no more requests, and end all there are."""
+        with self._changed:
+            self._state = ServiceState.FAILED
+            submitted, self._submitted = list(self._submitted.values()), {}
+        for sequence in submitted:
+            with suppress(Exception):  # the queues may be what is broken; known to the engine it ends all the same
+                self._engine.enqueue(sequence)
+        self._engine.end_all(FinishReason.ERROR, FAILED)
 
     def _turn(self) -> bool:
         """Take up what callers left, then do one step, or sleep until there is one to do; False to end the thread."""

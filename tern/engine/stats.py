@@ -14,14 +14,14 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 class EngineStats:
     """A snapshot of one engine; everything from `prefix_query_tokens` on only grows, save `last_step_seconds`.
 
-    `blocks_cached` hold content that a prompt can reuse, free or owned. `prefix_hit_tokens` of `prefix_query_tokens`
-    prompt tokens were found in the cache. `prompt_tokens` counts requests as they start, `generated_tokens` sampled and
-    forced ones, `computed_tokens` all that went through the model, after a preemption once more and drafts too.
-    `drafted_tokens` were verified by steps, `accepted_tokens` of them were right. `finished` counts endings by reason.
-    `last_step_seconds` is how long the newest step computed. `disk_hit_tokens` of the `prefix_hit_tokens` were read
-    from `kv_cache_dir`; `disk_bytes_read` and `disk_bytes_written` passed in and out. `steps_by_tokens[i]` counts the
-    steps that computed at most `STEP_TOKENS[i]` tokens, and more than the bound before. `grammar_seconds` went into the
-    masks and the states of grammars.
+    `waiting_tokens` are those of prompts that wait to be started. `blocks_cached` hold content that a prompt can reuse,
+    free or owned. `prefix_hit_tokens` of `prefix_query_tokens` prompt tokens were found in the cache. `prompt_tokens`
+    counts requests as they start, `generated_tokens` sampled and forced ones, `computed_tokens` all that went through
+    the model, after a preemption once more and drafts too. `drafted_tokens` were verified by steps, `accepted_tokens`
+    of them were right. `finished` counts endings by reason. `last_step_seconds` is how long the newest step computed.
+    `disk_hit_tokens` of the `prefix_hit_tokens` were read from `kv_cache_dir`; `disk_bytes_read` and
+    `disk_bytes_written` passed in and out. `steps_by_tokens[i]` counts the steps that computed at most `STEP_TOKENS[i]`
+    tokens, and more than the bound before. `grammar_seconds` went into the masks and the states of grammars.
     """
 
     running: int
@@ -46,6 +46,7 @@ class EngineStats:
     disk_bytes_written: int = 0
     grammar_seconds: float = 0.0
     steps_by_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)
+    waiting_tokens: int = 0
 
     @property
     def cancelled(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -16,8 +17,10 @@ from tern.server.choices import start
 from tern.server.openapi import described
 from tern.server.openapi.answers import ChatCompletion, ChatCompletionChunk
 from tern.server.openapi.operations import GENERATING
+from tern.server.progress import json_size
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.fields import read_fields
+from tern.server.sink import Update
 from tern.server.state import AppState
 from tern.server.streaming import EventStream, while_connected
 
@@ -51,13 +54,17 @@ def routes(state: AppState) -> APIRouter:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
         async with generation:
             updates = await while_connected(http.receive, generation.all_updates())
-        return JSONResponse(await state.offload.run(len(updates), whole_answer, shape, updates))
+        return await state.offload.run(json_size(updates), _answer, shape, updates)
 
     return router
 
 
 def _read(state: AppState, fields: JsonObject) -> Asked:
     return read_chat(state, read_fields(ChatRequest, fields))
+
+
+def _answer(shape: ChatShape, updates: Sequence[Update]) -> Response:
+    return JSONResponse(whole_answer(shape, updates))  # which writes the JSON here, not on the loop
 
 
 def _shape(state: AppState, asked: Asked) -> ChatShape:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tern.chat import TextStream
 from tern.engine import Request, SamplingParams, TokenGrammar
 from tern.errors import InvalidRequestError
-from tern.server.generation import Generation
+from tern.server.generation import Generation, TimeLimit
 from tern.server.prompt_log import log_request
 from tern.server.request_record import current_record
 from tern.server.sink import ChoiceSink, EventParser, Mailbox
@@ -45,7 +45,7 @@ class Plan:
 def start(state: AppState, plan: Plan) -> Generation:
     """A generation for the plan, not submitted yet. Call it on the event loop that will read the updates.
 
-    Raises `InvalidRequestError` for more choices than the engine ever takes at once.
+    Raises `InvalidRequestError` for more choices, or more prompt tokens, than the engine ever takes at once.
     """
     params = plan.params
     count, capacity = len(plan.prompts) * params.n, state.engine.capacity
@@ -54,6 +54,13 @@ def start(state: AppState, plan: Plan) -> Generation:
             f"The request asks for {count} choices ({len(plan.prompts)} prompts, n {params.n}), but this server takes "
             f"at most {capacity} at once: ask for fewer.",
             param="n" if params.n > 1 else "prompt",
+        )
+    tokens, most = sum(map(len, plan.prompts)), state.engine.token_capacity
+    if most is not None and tokens > most and len(plan.prompts) > 1:
+        raise InvalidRequestError(
+            f"The request has {len(plan.prompts)} prompts of {tokens} tokens in all, but at most {most} may wait here: "
+            "send them in several requests.",
+            param="prompt",
         )
     record = current_record()
     engine_id = plan.request_id
@@ -93,7 +100,9 @@ def start(state: AppState, plan: Plan) -> Generation:
                 grammar=plan.new_grammar(),
             )
         )
-    return Generation(state.engine, mailbox, requests)
+    seconds = state.options.request_timeout
+    limit = None if seconds is None else TimeLimit(seconds, plan.arrived)
+    return Generation(state.engine, mailbox, requests, limit)
 
 
 def cache_salt(owner: str | None) -> bytes:

@@ -21,9 +21,10 @@ from tern.server.completion_answers import CompletionShape, stream_answer, whole
 from tern.server.openapi import described
 from tern.server.openapi.answers import Completion
 from tern.server.openapi.operations import GENERATING
+from tern.server.progress import json_size
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from tern.server.schemas.fields import read_fields
-from tern.server.sink import PlainText
+from tern.server.sink import PlainText, Update
 from tern.server.state import AppState
 from tern.server.streaming import EventStream, while_connected
 
@@ -71,7 +72,7 @@ def routes(state: AppState) -> APIRouter:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
         async with generation:
             updates = await while_connected(http.receive, generation.all_updates())
-        return JSONResponse(await state.offload.run(len(updates), whole_answer, shape, updates))
+        return await state.offload.run(json_size(updates), _answer, shape, updates)
 
     return router
 
@@ -112,6 +113,10 @@ def _read(state: AppState, fields: JsonObject) -> Asked:
 
 def _text(tokenizer: Tokenizer, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
+
+
+def _answer(shape: CompletionShape, updates: Sequence[Update]) -> Response:
+    return JSONResponse(whole_answer(shape, updates))  # which writes the JSON here, not on the loop
 
 
 def _shape(state: AppState, asked: Asked) -> CompletionShape:

@@ -15,6 +15,7 @@ from tern.errors import InvalidRequestError
 from tern.server.body import JsonObject
 from tern.server.choices import Plan, start
 from tern.server.generation import Generation
+from tern.server.progress import json_size
 from tern.server.sink import Update
 from tern.server.state import AppState
 from tern.server.streaming import EventStream, while_connected, with_comments
@@ -57,7 +58,7 @@ async def deliver(
         return EventStream(generation, _events(writer, generation, state.options.keep_alive_seconds), writer.failed)
     async with generation:
         updates = await while_connected(http.receive, generation.all_updates())
-    return await state.offload.run(len(updates), _written, writer, updates)
+    return await state.offload.run(json_size(updates), _written, writer, updates)
 
 
 def _written(writer: AnswerWriter, updates: Sequence[Update]) -> Response:

@@ -27,6 +27,10 @@ class EngineDoor(Protocol):
     def capacity(self) -> int | None:
         """Most requests, running and waiting, that it takes at once; None has no limit."""
 
+    @property
+    def token_capacity(self) -> int | None:
+        """Most prompt tokens that may wait at once, if they are several prompts'; None has no limit."""
+
     def start(self) -> None:
         """Begin to serve."""
 

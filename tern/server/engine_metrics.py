@@ -69,6 +69,7 @@ def _gauges(stats: EngineStats, heartbeat_age: float) -> Iterator[tuple[str, str
     used = 1.0 - stats.blocks_free / stats.blocks_total if stats.blocks_total else 0.0
     yield "vllm:num_requests_running", "Choices being computed.", stats.running
     yield "vllm:num_requests_waiting", "Choices in the queue.", stats.waiting
+    yield "tern:num_tokens_waiting", "Tokens of prompts in the queue.", stats.waiting_tokens
     yield "vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used
     yield "tern:engine_heartbeat_age_seconds", "Since the engine's thread last began a step or a rest.", heartbeat_age
     yield "tern:last_step_seconds", "How long the newest step computed.", stats.last_step_seconds
@@ -85,5 +86,6 @@ def _counters(stats: EngineStats) -> Iterator[tuple[str, str, float]]:
     yield "vllm:spec_decode_num_draft_tokens", "Drafted tokens that steps verified.", stats.drafted_tokens
     yield "vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were right.", stats.accepted_tokens
     yield "vllm:num_preemptions", "Times a sequence lost its blocks.", stats.preemptions
+    yield "tern:grammar_seconds", "Seconds in the masks and states of grammars.", stats.grammar_seconds
     yield "tern:engine_steps", "Steps computed.", stats.steps
     yield "tern:engine_failed_steps", "Steps that failed.", stats.failed_steps

@@ -76,6 +76,14 @@ class ClientGoneError(TernError):
     """The client closed the connection before the answer was ready."""
 
 
+class RequestTimeoutError(TernError):
+    """The request was not done within the time that the server gives one."""
+
+
+class SlowReaderError(TernError):
+    """The client took its answer so slowly that too much of it waited here."""
+
+
 class GenerationError(TernError):
     """The engine gave up on a request through no fault of the caller; the text is meant for the user."""
 
@@ -133,6 +141,10 @@ def answer_for(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(503, message, "service_unavailable_error", None, "unavailable", headers)
         case ClientGoneError():  # nginx's status; nobody reads it but the log
             return ErrorAnswer(499, "The client closed the connection.", "invalid_request_error", None, "client_gone")
+        case RequestTimeoutError():  # not 408, which blames the client for sending too slowly
+            return ErrorAnswer(504, message, "timeout_error", None, "timeout")
+        case SlowReaderError():  # only ever an event: who reads nothing gets no answer
+            return ErrorAnswer(408, message, "invalid_request_error", None, "client_too_slow")
         case GenerationError():
             return ErrorAnswer(500, message, "server_error", None, "generation_failed")
         case HTTPException():

@@ -6,31 +6,53 @@ Knows the engine's service and the mailbox; knows no JSON. Whoever leaves the `a
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from tern.engine import FinishReason, Request
 from tern.errors import EngineUnavailableError, TernError
 from tern.server.engine_door import EngineDoor
-from tern.server.errors import GenerationError
+from tern.server.errors import GenerationError, RequestTimeoutError, SlowReaderError
 from tern.server.offload import Offload
-from tern.server.sink import Ending, Mailbox, Update
+from tern.server.sink import MOST_UNREAD, Ending, Mailbox, MailboxFullError, Update
+
+logger = logging.getLogger("tern.server")
 
 ENDLESS = 3600.0
+
+
+@dataclass(frozen=True)
+class TimeLimit:
+    """A request that `arrived` then, by `time.monotonic()`, may take so many seconds, whatever they are spent on."""
+
+    seconds: float
+    arrived: float
+
+    @property
+    def left(self) -> float:
+        """Seconds until it is over; 0 or less when it is."""
+        return self.arrived + self.seconds - time.monotonic()
 
 
 class Generation:
     """The choices of one request: `submit` them, then read their `updates` inside `async with`.
 
-    `endings` holds the ending of each choice that has ended, by index.
+    `endings` holds the ending of each choice that has ended, by index. A reader that takes so little that the mailbox
+    is full has its choices taken back at once, whether or not it ever reads on.
     """
 
-    def __init__(self, engine: EngineDoor, mailbox: Mailbox, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, engine: EngineDoor, mailbox: Mailbox, requests: Sequence[Request], limit: TimeLimit | None = None
+    ) -> None:
         self.requests = tuple(requests)
         self.endings: dict[int, Ending] = {}
         self._engine = engine
         self._mailbox = mailbox
+        self._mailbox.on_full = self._stop_for_slow_reader
+        self._limit = limit
         self._open = {request.request_id for request in requests}
         self._abandoned = False
 
@@ -72,10 +94,11 @@ class Generation:
         """The updates of all choices as they come, until each has ended; an empty list after `silence` seconds.
 
         Raises `GenerationError` when the engine failed on a choice, `EngineUnavailableError` when the server took it
-        back; what the choice had said until then is yielded first, without the ending.
+        back, `RequestTimeoutError` when it took too long and `SlowReaderError` when the reader did; what the choice had
+        said until then is yielded first, without the ending.
         """
         while self._open:
-            updates = await self._mailbox.take(silence)
+            updates = await self._take(silence)
             failure: TernError | None = None
             for position, update in enumerate(updates):
                 if update.ending is None:
@@ -88,6 +111,25 @@ class Generation:
             yield updates
             if failure is not None:
                 raise failure
+
+    async def _take(self, silence: float) -> list[Update]:
+        left = silence if self._limit is None else min(silence, self._limit.left)
+        try:
+            updates = await self._mailbox.take(max(0.0, left))
+        except MailboxFullError:
+            raise SlowReaderError(
+                f"The client read so slowly that {MOST_UNREAD} tokens waited for it: read the stream as it comes."
+            ) from None
+        if not updates and self._limit is not None and self._limit.left <= 0:
+            raise RequestTimeoutError(
+                f"The request was not done within the {self._limit.seconds:g} s that this server gives one: "
+                "ask for fewer tokens, or try again when it has less to do."
+            )
+        return updates
+
+    def _stop_for_slow_reader(self) -> None:
+        logger.warning("request %s ends: its client reads too slowly", self.requests[0].request_id)
+        self._cancel_all()
 
     async def all_updates(self) -> list[Update]:
         """Every update of every choice, once all have ended."""

@@ -8,11 +8,14 @@ their statuses) is counted here. No label holds anything that a client wrote.
 
 from __future__ import annotations
 
+import asyncio
 import platform
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
 
 from tern import __version__
 from tern.engine import Milestones
@@ -37,6 +40,7 @@ class Metrics:
         self.registry = registry
         self._labels = {"model_name": model, "engine": "0"}
         registry.register(EngineCollector(engine, self._labels))
+        registry.register(_LeakCollector())
         ProcessCollector(registry=registry)
         build = {"version": __version__, "python": platform.python_version()}
         Gauge("tern:build_info", "Always 1: what runs here.", [*build], registry=registry).labels(**build).set(1)
@@ -173,3 +177,16 @@ class ChoiceObserver:
         self._metrics._request.observe(time.monotonic() - self._arrived)
         if self._record is not None:
             self._record.endings.append(ending)
+
+
+class _LeakCollector:
+    """What grows when something is not given back, beside memory and file descriptors, which `ProcessCollector` has."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Threads, and the tasks of the event loop where it is that which asks."""
+        yield GaugeMetricFamily("tern:threads", "Threads of the process.", value=threading.active_count())
+        try:
+            tasks = asyncio.all_tasks()
+        except RuntimeError:  # --metrics-port is served by a thread without a loop
+            return
+        yield GaugeMetricFamily("tern:asyncio_tasks", "Tasks of the event loop.", value=len(tasks))

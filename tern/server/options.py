@@ -20,6 +20,7 @@ class ServerOptions:
     a free one. `api_keys`: a client must send one of them as `Authorization: Bearer KEY`; with none, every client is
     served, and then `host` must be a loopback address unless `allow_public` insists. `served_model_name`: the name
     in the API; None is the name the model was opened with. `max_body_bytes`: longest request body.
+    `request_timeout`: seconds that a request may take from its arrival to its last token; None sets no limit.
     `shutdown_timeout`: seconds that running requests get on SIGTERM. `keep_alive_seconds`: a silent stream gets an SSE
     comment this often, so that no proxy or client takes it for dead. `heartbeat_timeout`: seconds without a sign of
     life after which /health calls the engine hung; it must be longer than the slowest step. `drop_volatile_lines`:
@@ -43,6 +44,7 @@ class ServerOptions:
     allow_public: bool = False
     served_model_name: str | None = None
     max_body_bytes: int = 32 * MIB
+    request_timeout: float | None = None
     shutdown_timeout: float = 30.0
     keep_alive_seconds: float = 10.0
     heartbeat_timeout: float = 120.0
@@ -68,6 +70,8 @@ class ServerOptions:
             raise OptionError("served_model_name is empty: give a name, or leave it out.")
         if not 1 <= self.max_body_bytes <= 2**31:
             raise OptionError(f"max_body_bytes is {self.max_body_bytes}: it must be from 1 to {2**31}.")
+        if self.request_timeout is not None:
+            _seconds("request_timeout", self.request_timeout)
         _seconds("shutdown_timeout", self.shutdown_timeout, zero=True)
         _seconds("keep_alive_seconds", self.keep_alive_seconds)
         _seconds("heartbeat_timeout", self.heartbeat_timeout)

@@ -13,6 +13,9 @@ from tern.chat import ResponseEvent, ToolCallDelta
 from tern.engine import GeneratedToken, ScoredToken
 from tern.server.sink import Ending, Update
 
+TOKEN_CHARACTERS = 8
+LOGPROB_CHARACTERS = 100
+
 
 @dataclass
 class Progress:
@@ -43,6 +46,13 @@ def by_choice(updates: Iterable[Update]) -> dict[int, Progress]:
     for update in updates:
         found.setdefault(update.index, Progress()).take(update)
     return found
+
+
+def json_size(updates: Iterable[Update]) -> int:
+    """About how many characters of JSON the updates become."""
+    tokens = [update.token for update in updates if update.token is not None]
+    logprobs = sum(len(token.top_logprobs) + (token.logprob is not None) for token in tokens)
+    return TOKEN_CHARACTERS * len(tokens) + LOGPROB_CHARACTERS * logprobs
 
 
 def _part(event: ResponseEvent) -> tuple[type[ResponseEvent], int]:

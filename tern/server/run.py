@@ -4,6 +4,7 @@ listen          -> every request gets 503 while the model loads; a signal ends t
 SIGTERM, SIGINT -> new requests get 503, /ready says no -> what runs is finished, for at most `shutdown_timeout`
                 -> the engine stops, what is left ends with an error -> connections close -> return
 a second signal -> the last two steps at once
+the engine fails -> /health says so, open requests end with an error -> connections close -> `EngineFailedError`
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tern.chat import ChatProtocol
-from tern.errors import EngineUnavailableError, OptionError
+from tern.errors import EngineFailedError, EngineUnavailableError, OptionError
 from tern.server.app import create_app
 from tern.server.connections import REQUEST_SECONDS, protocol_settings
 from tern.server.engine_door import EngineDoor, ModelIdentity
@@ -48,6 +49,12 @@ begins to wait: neither wakes it.
 IDLE_CONNECTION_SECONDS = 75
 """How long a connection may idle between requests: longer than the pools of common clients and proxies keep theirs."""
 
+DEAF_CLIENT_SECONDS = 300
+"""How long a client may take nothing of what was sent before the system closes its connection (where it is Linux).
+
+Else one that vanished without a word, or never reads, would keep its connection for as long as the server lives.
+"""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -67,8 +74,8 @@ def run_server(
     """Listen, load, start the engine's thread and serve until SIGTERM or SIGINT; return when everything has ended.
 
     Call it on the main thread, where `load` runs too. `on_ready` is called with the model's name and the server's URL
-    once requests are taken. Raises `OptionError` if an address is taken or is none of this machine's, and whatever
-    `load` raises.
+    once requests are taken. Raises `OptionError` if an address is taken or is none of this machine's,
+    `EngineFailedError` if the engine dies under the server, and whatever `load` raises.
     """
     options = options or ServerOptions()
     gate, registry = _LoadingGate(options), CollectorRegistry()
@@ -93,18 +100,20 @@ def run_server(
                     logger.info("serving %s at %s", state.model_name, url)
                     if on_ready is not None:
                         on_ready(state.model_name, url)
-                    _wait(serving)
+                    _wait(serving, server, loaded.engine)
         except _StoppedWhileLoadingError:
             logger.info("stopped while loading")
         finally:
             server.should_exit = True
 
 
-def _wait(serving: Future[None]) -> None:
-    """Until the server has ended, with signals handled all the while."""
+def _wait(serving: Future[None], server: uvicorn.Server, engine: EngineDoor) -> None:
+    """Until the server has ended, with signals handled all the while; an engine that fails ends it."""
     while not wait([serving], timeout=SIGNAL_SECONDS).done:
-        pass
+        server.should_exit |= engine.state == "failed"
     serving.result()
+    if engine.state == "failed":
+        raise EngineFailedError("The engine has failed, so the server has ended: its log says why. Start it again.")
 
 
 @contextmanager
@@ -238,6 +247,8 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         raise OptionError(f"Cannot listen on {host} port {port}: {error.strerror or error}.") from None
     with listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections have it too: no event waits
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAF_CLIENT_SECONDS * 1000)
         yield listener
 
 

@@ -48,10 +48,26 @@ class Update:
     prompt: Sequence[ScoredToken] = ()
 
 
-class Mailbox:
-    """Updates from any thread, for one reader on the event loop that made it."""
+MOST_UNREAD = 16_384
+"""Tokens, and log-probabilities of others beside them, that may wait for their reader: some megabytes."""
 
-    def __init__(self) -> None:
+
+class MailboxFullError(Exception):
+    """The reader took too little of what came."""
+
+
+class Mailbox:
+    """Updates from any thread, for one reader on the event loop that made it.
+
+    At most `most` are kept, each alternative token of an update counting as one more. When more come, `on_full` is
+    called, once, by the thread that brings them; they are dropped, and so is all that follows.
+    """
+
+    def __init__(self, most: int = MOST_UNREAD) -> None:
+        self.on_full: Callable[[], None] = lambda: None
+        self._most = most
+        self._unread = 0
+        self._full = False
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._lock = threading.Lock()
@@ -61,12 +77,17 @@ class Mailbox:
     def post(self, update: Update) -> None:
         """Add an update, from any thread; after `close` it is dropped."""
         with self._lock:
-            if self._closed:
+            if self._closed or self._full:
                 return
+            self._unread += 1 + (len(update.token.top_logprobs) if update.token else 0)
+            self._full = self._unread > self._most
             first = not self._updates
-            self._updates.append(update)
+            if not self._full:
+                self._updates.append(update)
             if first:
                 self._wake()
+        if self._full:
+            self.on_full()
 
     def _wake(self) -> None:
         try:
@@ -75,15 +96,22 @@ class Mailbox:
             self._closed = True
 
     async def take(self, timeout: float) -> list[Update]:
-        """All that came since the last call; waits up to `timeout` seconds for the first, else returns nothing."""
+        """All that came since the last call; waits up to `timeout` seconds for the first, else returns nothing.
+
+        Raises `MailboxFullError` when all was taken that was kept, and more had come.
+        """
         try:
             async with asyncio.timeout(timeout):  # not wait_for: it loses a cancellation that comes with an update
                 await self._arrived.wait()
         except TimeoutError:
             return []
         with self._lock:
-            self._arrived.clear()
             updates, self._updates = self._updates, []
+            self._unread = 0
+            if self._full and not updates:
+                raise MailboxFullError
+            if not self._full:
+                self._arrived.clear()
         return updates
 
     def close(self) -> None:

@@ -35,7 +35,7 @@ def routes(state: AppState) -> APIRouter:
     async def tokenize(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)
-        return JSONResponse(await state.offload.run(body.size, _tokenize, state, body.fields))
+        return await state.offload.run(body.size, _tokenize, state, body.fields)
 
     @router.post(
         "/detokenize",
@@ -50,12 +50,12 @@ def routes(state: AppState) -> APIRouter:
     async def detokenize(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)
-        return JSONResponse(await state.offload.run(body.size, _detokenize, state, body.fields))
+        return await state.offload.run(body.size, _detokenize, state, body.fields)
 
     return router
 
 
-def _tokenize(state: AppState, fields: JsonObject) -> JsonObject:
+def _tokenize(state: AppState, fields: JsonObject) -> Response:
     request = read_fields(TokenizeRequest, fields)
     request.check()
     check_template_kwargs(request.chat_template_kwargs)
@@ -68,13 +68,13 @@ def _tokenize(state: AppState, fields: JsonObject) -> JsonObject:
     answer: JsonObject = {"count": len(ids), "max_model_len": state.engine.max_model_len, "tokens": ids}
     if request.return_token_strs:
         answer["token_strs"] = [token_name(state.protocol.tokenizer, token_id) for token_id in ids]
-    return answer
+    return JSONResponse(answer)
 
 
-def _detokenize(state: AppState, fields: JsonObject) -> JsonObject:
+def _detokenize(state: AppState, fields: JsonObject) -> Response:
     request = read_fields(DetokenizeRequest, fields)
     state.check_model(request.model)
     try:
-        return {"prompt": state.protocol.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+        return JSONResponse({"prompt": state.protocol.tokenizer.decode(request.tokens, skip_special_tokens=False)})
     except InvalidRequestError as error:  # an id outside the vocabulary
         raise InvalidRequestError(str(error), param="tokens") from None

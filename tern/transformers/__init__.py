@@ -79,7 +79,7 @@ class AutoModelForCausalLM:
         _refuse_unknown(ignored)
         wanted = dtype if dtype is not None else torch_dtype
         name = "auto" if wanted is None else str(wanted).removeprefix("torch.")
-        options = EngineOptions(dtype=name, device="auto" if device_map is None else device_map, max_queue=None)
+        options = EngineOptions.for_one_caller(dtype=name, device="auto" if device_map is None else device_map)
         source = resolve_model(model, revision=revision, token=token)
         engine = Engine.open(source, options)
         return TernForCausalLM(engine, source)

@@ -40,6 +40,7 @@ class HashModel:
         self.batches: list[Batch] = []
         self.kv: KVCache | None = None  # the cache of the newest step
         self.fail_next = 0
+        self.poison_token: int | None = None  # a batch that contains it fails
         self.spoil_token: int | None = None  # a context that contains it gives logits that are not finite
 
     def hidden(self, batch: Batch, kv: KVCache) -> torch.Tensor:
@@ -51,6 +52,8 @@ class HashModel:
         size = kv.block_size
         kv.keys.view(-1)[batch.slots] = batch.token_ids.float()
         kv.values.view(-1)[batch.slots] = batch.positions.float()
+        if self.poison_token in batch.token_ids.tolist():
+            raise RuntimeError("the fake model chokes on the poison")
         rows = []
         starts = batch.query_starts.tolist()
         for index, context_len in enumerate(batch.context_lens.tolist()):
@@ -212,7 +215,7 @@ class MemoryStore:
 def make_engine(model: Any = None, **options: Any) -> Engine:
     """A small engine; without another wish 4-token blocks for four full sequences."""
     values: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
-    values["speculation"] = "off"  # or the number of steps would depend on how long they take
+    values |= {"speculation": "off", "target_step_seconds": None}  # or steps would depend on how long they take
     return Engine(model or HashModel(), {EOS}, EngineOptions.from_keywords(**{**values, **options}))
 
 

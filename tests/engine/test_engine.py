@@ -8,11 +8,13 @@ from functools import lru_cache
 from typing import Any
 
 import pytest
+import torch
 from engine_fakes import EOS, LENGTH, VOCAB, HashModel, Recorder, add, hash_context, make_engine, make_request, run
 
 from tern.engine import CONTINUE, Engine, FinishReason, GeneratedToken, Steering
-from tern.engine.engine import SINK_FAILED, STEP_FAILED
+from tern.engine.engine import SINK_FAILED
 from tern.engine.sampler import NOT_FINITE
+from tern.engine.step_failures import OUT_OF_MEMORY, STEP_FAILED
 from tern.errors import ContextLengthError, InvalidRequestError, QueueFullError
 
 PROMPTS = [[5, 6, 7], [5, 6, 7, 8, 9, 10, 11, 12, 13], list(range(3, 40)), [9], [5, 6, 7, 8, 9, 10, 11, 12, 20, 21]]
@@ -253,24 +255,81 @@ def test_a_sink_may_cancel_and_add_during_a_step(victim: str) -> None:
     assert follower.end.reason in (FinishReason.LENGTH, FinishReason.STOP)
 
 
-def test_a_failing_step_ends_its_batch_and_the_engine_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_fails_once_is_computed_again(caplog: pytest.LogCaptureFixture) -> None:
     model = HashModel()
     engine = make_engine(model, max_num_seqs=2, max_num_batched_tokens=8)
-    in_batch = [add(engine, name, [5, 6, 7, 8, 9], ignore_eos=True, priority=0) for name in ("a", "b")]
-    engine.step()
-    engine.step()
-    waiting = add(engine, "c", [5, 6, 7, 8, 9, 10], ignore_eos=True)
-    model.fail_next = 1
-    with caplog.at_level(logging.ERROR):
-        engine.step()
-    engine.check_integrity()
+    prompts = {"a": [5, 6, 7, 8, 9], "b": [5, 6, 7, 8, 9], "c": [5, 6, 7, 8, 9, 10]}
+    sinks = [add(engine, name, prompt, ignore_eos=True) for name, prompt in prompts.items()]
+    for at in range(6):
+        model.fail_next = int(at % 2)
+        with caplog.at_level(logging.ERROR):
+            engine.step()
+        engine.check_integrity()
     assert "fails as asked" in caplog.text
-    assert [(sink.end.reason, sink.end.message) for sink in in_batch] == [(FinishReason.ERROR, STEP_FAILED)] * 2
-    assert engine.consecutive_failures == 1
     run(engine)
-    assert waiting.ids == greedy([5, 6, 7, 8, 9, 10], 8, stop=())
+    assert [sink.ids for sink in sinks] == [greedy(prompt, 8, stop=()) for prompt in prompts.values()]
     assert engine.consecutive_failures == 0
-    assert engine.stats().failed_steps == 1
+    assert engine.stats().failed_steps == 3
+
+
+def test_a_request_that_cannot_be_computed_takes_no_other_with_it() -> None:
+    model = HashModel()
+    model.poison_token = 50
+    engine = make_engine(model, max_num_seqs=4)
+    good = [add(engine, f"good {n}", [5, 6, 7 + n], ignore_eos=True) for n in range(2)]
+    bad = add(engine, "bad", [5, 50, 7], ignore_eos=True)
+    engine.step()
+    assert (bad.end.reason, bad.end.message) == (FinishReason.ERROR, STEP_FAILED)
+    run(engine)
+    assert [sink.ids for sink in good] == [greedy([5, 6, 7 + n], 8, stop=()) for n in range(2)]
+    assert engine.consecutive_failures == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1e12 bytes."),
+    ],
+)
+def test_memory_that_ran_out_is_called_that(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine()
+    run_chunks = engine.runner.run
+
+    def run_short_of_memory(chunks: Any, follows: Any) -> Any:
+        if sum(chunk.num_tokens for chunk in chunks) > 9:
+            raise error
+        return run_chunks(chunks, follows)
+
+    monkeypatch.setattr(engine.runner, "run", run_short_of_memory)
+    sinks = [add(engine, str(n), [n] * count, ignore_eos=True) for n, count in ((5, 6), (6, 8), (7, 12))]
+    run(engine)
+    assert [sink.end.reason for sink in sinks] == [FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.ERROR]
+    assert sinks[2].end.message == OUT_OF_MEMORY
+    assert sinks[0].ids == greedy([5] * 6, 8, stop=())
+
+
+def test_who_is_cancelled_while_others_fail_is_let_go() -> None:
+    """A sink may take back any request at any time, the survivors and victims of a failed step included."""
+    model = HashModel()
+    model.poison_token = 50
+    engine = make_engine(model, max_num_seqs=4)
+
+    class Canceller(Recorder):
+        def push(self, token: Any) -> Steering:
+            engine.cancel("bad")
+            return super().push(token)
+
+        def finish(self, finish: Any) -> None:
+            engine.cancel("good")
+            super().finish(finish)
+
+    canceller = add(engine, "canceller", [5, 6], sink=Canceller(), max_tokens=1)
+    bad, good = add(engine, "bad", [50]), add(engine, "good", [7, 8], ignore_eos=True)
+    run(engine)
+    assert canceller.end.reason is FinishReason.LENGTH
+    assert [bad.end.reason, good.end.reason] == [FinishReason.CANCELLED, FinishReason.CANCELLED]
 
 
 def test_logits_that_are_not_finite_end_one_request() -> None:

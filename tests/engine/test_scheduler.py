@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from engine_fakes import MemoryStore, make_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.sampling_state import SamplingState
@@ -159,18 +161,147 @@ def test_siblings_wait_for_the_prompt_that_one_of_them_computes() -> None:
     prompt = distinct(1, 30)
     siblings = [queue(scheduler, f"choice {n}", prompt) for n in range(3)]
     other = queue(scheduler, "other", distinct(2, 3))
-    assert shape(step(scheduler)) == [("choice 0", 16, False)]
-    assert shape(step(scheduler)) == [("choice 0", 14, True), ("other", 2, False)]
+    assert shape(step(scheduler)) == [("choice 0", 13, False), ("other", 3, True)]
     assert other.status is SequenceStatus.RUNNING, "others go past the waiting siblings"
+    assert shape(step(scheduler)) == [("other", 1, True), ("choice 0", 15, False)]
     assert shape(step(scheduler)) == [
-        ("choice 0", 1, True),
         ("other", 1, True),
+        ("choice 0", 2, True),
         ("choice 1", 2, True),
         ("choice 2", 2, True),
     ]
     assert [s.num_cached_tokens for s in siblings] == [0, 28, 28]
     assert scheduler.prefix_hit_tokens == 56
     assert scheduler.prompt_tokens == 93
+
+
+def test_a_short_prompt_passes_a_long_one_which_keeps_half() -> None:
+    scheduler = make_scheduler(tokens=16, blocks=64)
+    queue(scheduler, "long", distinct(1, 60))
+    assert shape(step(scheduler)) == [("long", 16, False)]
+    for name, count in (("longer", 70), ("middle", 20), ("short", 6)):
+        queue(scheduler, name, distinct(count, count))
+    assert shape(step(scheduler)) == [("long", 8, False), ("short", 6, True), ("middle", 2, False)]
+    assert shape(step(scheduler)) == [("short", 1, True), ("long", 8, False), ("middle", 7, False)]
+    assert [s.request_id for s in scheduler.waiting] == ["longer"], "what is not shorter does not share"
+
+
+def test_prompts_of_one_length_are_read_one_after_the_other() -> None:
+    scheduler = make_scheduler(tokens=16)
+    for name in "abc":
+        queue(scheduler, name, distinct(ord(name), 24))
+    assert shape(step(scheduler)) == [("a", 16, False)]
+    assert shape(step(scheduler)) == [("a", 8, True), ("b", 8, False)]
+    assert shape(step(scheduler)) == [("a", 1, True), ("b", 15, False)]
+
+
+def test_a_better_priority_is_read_before_any_share_is_dealt() -> None:
+    scheduler = make_scheduler(tokens=16, blocks=64)
+    queue(scheduler, "background", distinct(1, 60), priority=5)
+    queue(scheduler, "short", distinct(2, 3), priority=5)
+    step(scheduler)
+    urgent = queue(scheduler, "urgent", distinct(3, 40), priority=0)
+    for _ in range(2):
+        assert [chunk.sequence.request_id for chunk in step(scheduler)] == ["short", "urgent"]
+    assert ("urgent", 10, True) in shape(step(scheduler))
+    assert urgent.num_uncomputed_tokens == 1
+
+
+def test_nobody_passes_the_first_when_blocks_or_places_are_short() -> None:
+    for blocks, seqs in ((6, 4), (64, 2)):
+        scheduler = make_scheduler(blocks=blocks, seqs=seqs, tokens=32)
+        holders = [queue(scheduler, f"holder {number}", distinct(number, 4)) for number in (1, 2)]
+        step(scheduler)
+        long, short = queue(scheduler, "long", distinct(3, 16)), queue(scheduler, "short", distinct(4, 2))
+        step(scheduler)
+        assert scheduler.waiting == [long, short]
+        scheduler.remove(holders[0])
+        if seqs == 4:
+            scheduler.remove(holders[1])
+        assert long.request_id in [chunk.sequence.request_id for chunk in step(scheduler)]
+
+
+class Bounds:
+    """Allows so many prompt tokens beside decodes, and any number alone."""
+
+    def __init__(self, beside: int) -> None:
+        self.beside = beside
+
+    def tokens(self, decodes: int) -> int:
+        return self.beside if decodes else 1000
+
+
+def test_a_step_with_decodes_reads_no_more_than_it_has_time_for() -> None:
+    scheduler = make_scheduler(tokens=16)
+    scheduler.prompt_bounds = Bounds(3)
+    queue(scheduler, "long", distinct(1, 40))
+    assert shape(step(scheduler)) == [("long", 16, False)], "nobody waits for this step"
+    queue(scheduler, "short", distinct(2, 1))
+    assert shape(step(scheduler)) == [("long", 15, False), ("short", 1, True)]
+    assert shape(step(scheduler)) == [("short", 1, True), ("long", 3, False)]
+
+
+def test_tokens_that_wait_are_counted_until_they_start() -> None:
+    scheduler = make_scheduler(seqs=2, tokens=16, blocks=8)
+    first, second, third = (queue(scheduler, name, distinct(ord(name), 9)) for name in "abc")
+    queue(scheduler, "choice", distinct(9, 9), choice_index=1)
+    assert scheduler.waiting_tokens == 27
+    step(scheduler)
+    assert scheduler.waiting_tokens == 9
+    scheduler.remove(third)
+    assert scheduler.waiting_tokens == 0
+    while second.status is SequenceStatus.RUNNING:
+        step(scheduler)
+    assert scheduler.waiting_tokens == 0, "it had started"
+    scheduler.remove(second)
+    scheduler.remove(first)
+    assert scheduler.waiting_tokens == 0
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    long=st.integers(20, 90),
+    rivals=st.lists(st.lists(st.integers(1, 40), max_size=3), min_size=1, max_size=8),
+    answers=st.integers(1, 4),
+    seqs=st.integers(2, 4),
+    room=st.integers(2, 16),
+)
+def test_nobody_starves_however_many_come_after(
+    long: int, rivals: list[list[int]], answers: int, seqs: int, room: int
+) -> None:
+    """A prompt that arrived first is read at half of the speed or more while shorter ones never cease to come."""
+    scheduler = make_scheduler(blocks=200, seqs=seqs, tokens=16 + seqs)
+    scheduler.prompt_bounds = Bounds(room)
+    last = queue(scheduler, "long", distinct(1, long))
+    came = 0
+    for steps in range(400):
+        for length in rivals[steps % len(rivals)]:
+            came += 1
+            if len(scheduler.waiting) < 30:
+                queue(scheduler, f"rival {came}", distinct(100 + came, length))
+        for chunk in step(scheduler):
+            if chunk.sequence.num_generated_tokens >= answers and chunk.sequence is not last:
+                scheduler.remove(chunk.sequence)
+        if last.num_generated_tokens:
+            break
+    assert steps <= long / (room - room // 2) + 1
+    assert last.num_generated_tokens == 1
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), answers=st.integers(1, 6), seqs=st.integers(1, 4))
+def test_whoever_waits_is_served_in_the_end(lengths: list[int], answers: int, seqs: int) -> None:
+    """Shorter ones come in for ever; the first queue is done by the time that it could take alone, and a little."""
+    scheduler = make_scheduler(blocks=100, seqs=seqs, tokens=16)
+    queued = [queue(scheduler, f"{at}", distinct(at + 1, length)) for at, length in enumerate(lengths)]
+    work = sum(-(-length // 8) + answers for length in lengths)
+    for came in range(2 * work + 4 * answers * seqs):
+        if len(scheduler.waiting) < 60:
+            queue(scheduler, f"short {came}", distinct(100 + came, 1 + came % 3))
+        for chunk in step(scheduler):
+            if chunk.sequence.num_generated_tokens >= answers:
+                scheduler.remove(chunk.sequence)
+    assert [sequence.status for sequence in queued] == [SequenceStatus.FINISHED] * len(queued)
 
 
 def test_a_sibling_goes_on_alone_when_its_runner_is_gone() -> None:

@@ -83,7 +83,7 @@ def test_good_drafts_change_nothing_but_the_number_of_steps(architecture: str, s
     engine, plain = build(architecture, **SCHEDULES[schedule]), build(architecture, **SCHEDULES[schedule])
     engine.scheduler.drafter = HalfKnown(architecture)
     assert answers(engine, "drafted") == plain_answers(architecture) == answers(plain, "plain")
-    assert engine.stats().accepted_tokens > ANSWER
+    assert engine.stats().accepted_tokens > ANSWER // 2  # steps that read a prompt beside carry none
     assert engine.stats().steps < 0.8 * plain.stats().steps
 
 

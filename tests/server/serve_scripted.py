@@ -22,7 +22,7 @@ from tern.server import Loaded, ServerOptions, run_server
 def main() -> None:
     directory = Path(sys.argv[1])
     protocol = ChatProtocol.from_directory(directory)
-    engine = ScriptedEngine(protocol)
+    engine = ScriptedEngine(protocol, queue_limit=1000)
     engine.gate.clear()
 
     def open_gate() -> None:

@@ -89,6 +89,7 @@ class ScriptedEngine:
     max_model_len: int = 2048
     queue_limit: int = 64
     capacity: int | None = 1024
+    token_capacity: int | None = None
     state: str = "starting"
     gate: threading.Event = field(default_factory=threading.Event)
     age: float = 0.0
@@ -221,6 +222,8 @@ class ScriptedEngine:
         running.pushed += 1
         self._generated += 1
         steering = running.request.sink.push(token)
+        if running.request.request_id not in self._open:
+            return  # its sink took it back
         if not token.forced and (token_id == EOS or token_id in params.stop_token_ids):
             self._finish(running, FinishReason.STOP, stop_token_id=token_id)
         elif steering.stop:

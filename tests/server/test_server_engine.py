@@ -161,6 +161,7 @@ def real(model: tuple[Any, ChatProtocol]) -> Iterator[RealServer]:
         num_kv_blocks=96,
         block_size=8,
         speculation="off",  # passes are counted
+        target_step_seconds=None,
         check_integrity_when_idle=True,
     )
     engine = Engine(network, {EOS}, options)
@@ -295,6 +296,64 @@ def test_leaving_while_queued(real: RealServer) -> None:
         connection.close()
     real.wait_idle()
     assert real.engine.stats().generated_tokens == 2 * 3
+    assert real.live.chat(max_tokens=3, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
+
+
+def test_priority_goes_before_arrival(real: RealServer) -> None:
+    real.steps.hold()
+    running = [real.open_request(max_tokens=4) for _ in range(2)]
+    assert all(real.submitted.acquire(timeout=60) for _ in running)
+    real.steps.wait_for(1)
+    order: list[int] = []
+    finish = real.engine._finish
+
+    def note(sequence: Any, *reason: Any, **fields: Any) -> None:
+        order.append(sequence.request.priority)
+        finish(sequence, *reason, **fields)
+
+    real.engine._finish = note  # type: ignore[method-assign]
+    for priority in (7, 3, -5, 5):
+        running.append(real.open_request(max_tokens=40, priority=priority))
+        assert real.submitted.acquire(timeout=60)
+    real.steps.release()
+    for connection in running:
+        assert b" 200 " in connection.recv(65536)
+    assert order == [0, 0, -5, 3, 5, 7]
+    real.wait_idle()
+
+
+def test_tokens_that_wait_are_bounded(real: RealServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real.engine.admission, "_max_queue_tokens", 300)
+    real.steps.hold()
+    running = [real.open_request(max_tokens=4) for _ in range(2)]
+    assert all(real.submitted.acquire(timeout=60) for _ in running)
+    real.steps.wait_for(1)
+    sent = {"prompt": [5] * 200, "max_tokens": 1, "n": 2}
+    waiting = threading.Thread(target=real.live.client.post, args=["/v1/completions"], kwargs={"json": sent})
+    waiting.start()
+    assert all(real.submitted.acquire(timeout=60) for _ in range(2))
+    response = real.live.client.post("/v1/completions", json=sent)
+    assert response.status_code == 429
+    assert "max_queue_tokens is 300" in response.json()["error"]["message"]
+    assert int(response.headers["retry-after"]) >= 1
+    real.steps.release()
+    waiting.join()
+    assert real.live.client.post("/v1/completions", json=sent).status_code == 200
+    real.wait_idle()
+
+
+def test_a_hundred_clients_that_vanish_leave_nothing_behind(real: RealServer) -> None:
+    real.steps.hold()
+    for number in range(100):
+        real.open_request(max_tokens=300, stream=bool(number % 2), n=1 + number % 3)
+    assert all(real.submitted.acquire(timeout=60) for _ in range(100 + 33 + 66))
+    for connection in real.connections:
+        connection.close()
+    assert all(real.cancelled.acquire(timeout=60) for _ in range(100 + 33 + 66))
+    real.steps.release()
+    real.wait_idle()
+    stats = real.engine.stats()
+    assert stats.blocks_free == stats.blocks_total
     assert real.live.chat(max_tokens=3, ignore_eos=True)["choices"][0]["finish_reason"] == "length"
 
 

@@ -176,6 +176,26 @@ def test_what_is_not_done_in_time_ends_with_an_error(start: Any) -> None:
     process.ends_well()
 
 
+def test_a_hundred_streams_end_when_the_server_does(start: Any) -> None:
+    process = start(60)
+    connections = [process.begin_stream() for _ in range(100)]
+    process.popen.send_signal(signal.SIGTERM)
+    process.refuses()
+    (process.directory / "open").touch()
+    rests = [read_all(connection) for connection in connections]
+    assert all('"finish_reason":"stop"' in rest and "data: [DONE]" in rest for rest in rests)
+    process.ends_well()
+
+
+def test_a_hundred_streams_that_are_not_done_in_time_are_told(start: Any) -> None:
+    process = start(0.1)
+    connections = [process.begin_stream() for _ in range(100)]
+    process.popen.send_signal(signal.SIGTERM)
+    rests = [read_all(connection) for connection in connections]
+    assert all('"code":"unavailable"' in rest and "data: [DONE]" in rest for rest in rests)
+    process.ends_well()
+
+
 def test_a_second_signal_does_not_wait(start: Any) -> None:
     process = start(3600)
     connection = process.begin_stream()
@@ -243,6 +263,8 @@ def test_metrics_on_their_own_port(protocol: ChatProtocol, caplog: pytest.LogCap
         {"api_keys": ("a", "")},
         {"served_model_name": ""},
         {"max_body_bytes": 0},
+        {"request_timeout": 0},
+        {"request_timeout": float("nan")},
         {"shutdown_timeout": -1},
         {"shutdown_timeout": float("nan")},
         {"keep_alive_seconds": 0},

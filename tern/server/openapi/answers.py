@@ -220,6 +220,37 @@ class Completion(Answer):
     usage: Usage | None = None
 
 
+class ModelPermission(Answer):
+    """What may be done with a model, as OpenAI once said it."""
+
+    id: str
+    object: Literal["model_permission"]
+    created: int
+    allow_create_engine: bool
+    allow_sampling: bool
+    allow_logprobs: bool
+    allow_search_indices: bool
+    allow_view: bool
+    allow_fine_tuning: bool
+    organization: str
+    group: None
+    is_blocking: bool
+
+
+class EngineFacts(Answer):
+    """What the engine computes with."""
+
+    dtype: str
+    quantization: str | None = Field(description="The packing of the weights, null for floats.")
+    kv_cache_dtype: str
+    device: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int = Field(description="Tokens of a cache block.")
+    num_blocks: int
+    prefix_caching: bool
+
+
 class ModelCard(Answer):
     """The model that is served."""
 
@@ -230,6 +261,8 @@ class ModelCard(Answer):
     root: str
     parent: None
     max_model_len: int = Field(description="Longest prompt and answer together, in tokens.")
+    permission: list[ModelPermission]
+    tern: EngineFacts
 
 
 class ModelList(Answer):
