@@ -3,10 +3,14 @@
 import { el, icon } from "./dom.js";
 import { t } from "./texts.js";
 
-/** JSON on lines of its own where it is JSON, else the text as it is. */
+const SHORT = 60; // characters of JSON that read well on one line
+
+/** JSON as it reads best where it is JSON, else the text as it is. */
 function pretty(text) {
   try {
-    return JSON.stringify(JSON.parse(text), null, 2);
+    const value = JSON.parse(text);
+    const short = JSON.stringify(value, null, 1).replace(/\n\s*/g, " ");
+    return short.length <= SHORT ? short : JSON.stringify(value, null, 2);
   } catch {
     return text;
   }

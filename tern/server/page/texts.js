@@ -9,7 +9,7 @@ const ENGLISH = {
   copied: "Copied", copy: "Copy", copyMessage: "Copy message", data: "Data", default: "default", delete: "Delete “{title}”",
   deleteTool: "Delete tool {name}", deleted: "Conversation deleted.", dark: "Dark", edit: "Edit message", editTool: "Edit tool {name}",
   empty: "The model ended without writing an answer.", emptyLength: "The tokens ran out before the answer began: raise max tokens, or lower the thinking budget.",
-  exampleClock: "What time is it in Tokyo?", exampleIntro: "Give me a short introduction to large language models.",
+  exampleClock: "What is the time in Tokyo?", exampleIntro: "Give me a short introduction to large language models.",
   exampleSum: "What is 1958 + 4783?", exampleWeather: "How is the weather in Beijing today?",
   exampleClockNote: "with the clock, which runs in this page", exampleIntroNote: "ask anything", exampleSumNote: "watch it think",
   exampleWeatherNote: "with a tool whose result you type", exportAll: "Export all", exportJson: "Export as JSON",
