@@ -1,9 +1,9 @@
 """GET /: the web page for browsers, what to try for everyone else; and the files that the page is made of.
 
-Knows files and headers; knows nothing of what the page does. Everything in the folder `page` with a known media type is
-read once, at the start, and only those names are ever looked up: no path of a request reaches the file system. The files
-stand under a path that holds a digest of them all, so that a browser may keep them for good, and a new version of Tern is
-a new path.
+Knows files and headers; knows nothing of what the page does. Everything in the folder `page` with a known media type
+is read once, at the start, and only those names are ever looked up: no path of a request reaches the file system. The
+files stand under a path that holds a digest of them all, so that a browser may keep them for good, and a new version of
+Tern is a new path.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the tests of the page share: Chromium, a server over a scripted engine, and a page whose complaints are heard.
 
-Chromium is the system's, or the one that TERN_CHROMIUM names; without it these tests are skipped. Nothing here waits for
-a time: an engine stops at the token that a test names, and goes on when the test says so.
+Chromium is the system's, or the one that TERN_CHROMIUM names; without it these tests are skipped. Nothing here waits
+for a time: an engine stops at the token that a test names, and goes on when the test says so.
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 from tern.chat import ChatProtocol
 from tests.server.server_fakes import Live, Running, ScriptedEngine, serve, write_tokenizer
 
-ARGUMENTS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 WATCH = """
 window.violations = [];

@@ -1,4 +1,4 @@
-"""Chatting on the page: thoughts, tool calls, stopping, answering again, settings, and what happens when it goes wrong."""
+"""Chatting on the page: thoughts, tool calls, stopping, answering again, settings, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_answer_streams_and_its_thought_is_folded_when_it_is_done(chat: Chat)
     expect(thought.locator("summary")).to_have_text(re.compile(r"Thought for \d+(\.\d)? s\d+ tokens"))
     expect(chat.answer.locator(".answer-body em")).to_have_text("so")
     expect(chat.answer.locator(".counts")).to_have_text(
-        re.compile(r"^\d+ tokens · \S+ tokens/s · first token \d+\.\d\d s · prompt \d+ \(4 cached\)$")
+        re.compile(r"^\d+ tokens · (\S+ tokens/s · )?first token \d+\.\d\d s · prompt \d+ \(4 cached\)$")
     )
     expect(chat.page.locator("#said")).to_have_text("Answered: It is *so*.")
     expect(chat.page.locator("#context")).to_have_text(re.compile(r"^\d+ / 1,048,576$"))
@@ -58,7 +58,7 @@ def test_an_answer_streams_and_its_thought_is_folded_when_it_is_done(chat: Chat)
     ("tool", "arguments", "result"),
     [
         ("calculator", {"expression": "12*(3+4)"}, '"result": 84'),
-        ("clock", {"location": "Tokyo"}, '"time_zone": "Asia/Tokyo"'),
+        ("clock", {"location": "Tokyo"}, '"minute": '),
     ],
 )
 def test_tools_of_the_page_answer_by_themselves(chat: Chat, tool: str, arguments: dict[str, str], result: str) -> None:
@@ -78,7 +78,7 @@ def test_what_a_tool_of_the_page_cannot_do_is_told_to_the_model(chat: Chat) -> N
     enable(chat, "calculator")
     chat.ask("Tell me", call("calculator", expression="alert(1)"), DONE)
     expect(chat.answer.locator(".answer-body")).to_have_text("There you are.")
-    assert '{"error":"The expression has \'alert\' where a number must be."}' in chat.prompt(1)
+    assert '{"error": "The expression has \'alert\' where a number must be."}' in chat.prompt(1)
 
 
 def test_the_user_s_own_tool_asks_the_user(chat: Chat) -> None:
@@ -175,7 +175,9 @@ def test_an_edited_message_is_sent_anew(chat: Chat) -> None:
     chat.wait()
     expect(chat.page.locator(".user-text")).to_have_text("Another")
     expect(chat.page.locator(".message")).to_have_count(2)
-    assert "Another" in chat.prompt() and "First" not in chat.prompt() and "Second" not in chat.prompt()
+    assert "Another" in chat.prompt()
+    assert "First" not in chat.prompt()
+    assert "Second" not in chat.prompt()
 
 
 def test_settings_reach_the_request(chat: Chat) -> None:
@@ -203,24 +205,22 @@ def test_thinking_can_be_switched_off(chat: Chat) -> None:
     expect(chat.answer.locator(".thought")).to_have_count(0)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
+def test_a_wrong_setting_is_said_and_not_sent(chat: Chat) -> None:
+    chat.page.locator("#open-settings").click()
+    for name, value, sentence in (
         ("temperature", "11", "Temperature is 11: it must be a number from 0 to 10."),
         ("temperature", "hot", "Temperature is hot: it must be a number from 0 to 10."),
-        ("top_p", "0", "Top p is 0: it must be a number from 0 to 1."),
+        ("top_p", "0", "Top p is 0: it must be a number above 0 and up to 1."),
         ("top_k", "1.5", "Top k is 1.5: it must be a whole number from -1 to 2147483647."),
         ("max_tokens", "0", "Max tokens is 0: it must be a whole number from 1 to 2147483647."),
-    ],
-)
-def test_a_wrong_setting_is_said_and_not_sent(chat: Chat, name: str, value: str, sentence: str) -> None:
-    chat.page.locator("#open-settings").click()
-    chat.page.locator(f"#set-{name}").fill(value)
-    expect(chat.page.locator(f"#wrong-{name}")).to_have_text(sentence)
-    expect(chat.page.locator(f"#set-{name}")).to_have_attribute("aria-invalid", "true")
+    ):
+        chat.page.locator(f"#set-{name}").fill(value)
+        expect(chat.page.locator(f"#wrong-{name}")).to_have_text(sentence)
+        expect(chat.page.locator(f"#set-{name}")).to_have_attribute("aria-invalid", "true")
     chat.ask("Is it so?", THOUGHT)
     chat.wait()
     expect(chat.answer.locator(".answer-body")).to_have_text("It is so.")
+    assert chat.server.engine.seen[0].params.top_k != 1.5
 
 
 def test_a_refusal_and_a_failure_are_sentences_with_a_way_on(chat: Chat) -> None:

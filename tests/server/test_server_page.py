@@ -1,4 +1,4 @@
-"""The web page's routes: who gets it, what a browser is told to allow, what is cached, and that nothing else is served."""
+"""The web page's routes: who gets it, what a browser is to allow, what is cached, and that nothing else is served."""
 
 from __future__ import annotations
 
@@ -144,7 +144,8 @@ def test_libraries_are_the_ones_that_the_list_names(library: dict[str, Any]) -> 
     sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in there.items()}
     assert sums == library["files"]
     assert "LICENSE" in there
-    assert library["version"] and library["licence"]
+    assert library["version"]
+    assert library["licence"]
 
 
 def test_every_library_is_listed_and_the_page_stays_small() -> None:

@@ -63,7 +63,9 @@ export class AnswerWriter {
   }
 }
 
-/** Tokens a second between the first and the last token; undefined before there are two. */
+const SHORTEST = 100; // milliseconds; what came in less is one burst of the network, and no rate
+
+/** Tokens a second between the first and the last token; undefined while there is too little to tell. */
 export function speed({ first, last, completion }) {
-  return completion > 1 && last > first ? ((completion - 1) * 1000) / (last - first) : undefined;
+  return completion > 1 && last - first >= SHORTEST ? ((completion - 1) * 1000) / (last - first) : undefined;
 }

@@ -45,8 +45,13 @@ class Page {
 
   open(conversation) {
     this.conversation = conversation;
-    this.#drawer(false);
     this.#showConversation();
+    this.stay();
+  }
+
+  /** The current conversation was chosen again. */
+  stay() {
+    this.#drawer(false);
     byId("prompt").focus();
   }
 
@@ -106,9 +111,8 @@ class Page {
     this.preferences.language = language;
     this.#keep();
     this.#lookLike();
-    this.settings.render();
-    byId("language").focus();
     this.#showConversation();
+    byId("language").focus();
   }
 
   async setKey(key, remember) {

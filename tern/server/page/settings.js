@@ -19,7 +19,7 @@ export function readNumber({ name, low, high, whole, open }, text, label) {
   const value = Number(given);
   const fits = value >= low && value <= high && (!whole || Number.isInteger(value)) && !(open && value === low);
   if (!fits) {
-    const range = t(whole ? "wholeRange" : "numberRange", { low, high });
+    const range = t(whole ? "wholeRange" : open ? "openRange" : "numberRange", { low, high });
     throw new Error(t("invalidSetting", { name: label ?? name, value: given.slice(0, 30), range }));
   }
   return value;

@@ -24,7 +24,7 @@ export class Sidebar {
     const title = conversation.title || t("untitled");
     const current = conversation === this.page.conversation;
     const row = el("li", { class: current ? "current" : "" },
-      el("button", { type: "button", class: "open", text: title, title, "aria-current": current ? "true" : undefined, on: { click: () => this.page.open(conversation), dblclick: () => this.#rename(row, conversation) } }),
+      el("button", { type: "button", class: "open", text: title, title, "aria-current": current ? "true" : undefined, on: { click: () => (current ? this.page.stay() : this.page.open(conversation)), dblclick: () => this.#rename(row, conversation) } }),
       iconButton("pencil", t("rename", { title }), () => this.#rename(row, conversation)),
       iconButton("trash", t("delete", { title }), () => this.page.remove(conversation)));
     return row;

@@ -1,12 +1,12 @@
 // What the page says, in English and Chinese. Knows words; whoever shows them knows where.
 
 const ENGLISH = {
-  again: "Answer again", allConversations: "All conversations", answered: "Answered: {text}", apiKey: "API key",
+  again: "Answer again", answered: "Answered: {text}", apiKey: "API key",
   apiKeyAsk: "This server asks for an API key.", apiKeyRemember: "Remember on this device", apiKeySave: "Use this key",
   appearance: "Appearance", arguments: "Arguments", brokenOff: "The connection broke off before the answer was complete.",
   cached: "{count} cached", call: "Call", cancel: "Cancel", close: "Close", code: "Code", continueRun: "Continue",
   contextUse: "{used} of {all} tokens of context used", conversation: "Conversation", conversations: "Conversations",
-  copied: "Copied", copy: "Copy", copyMessage: "Copy message", data: "Data", default: "default", delete: "Delete “{title}”",
+  copied: "Copied", copy: "Copy", copyMessage: "Copy message", default: "default", delete: "Delete “{title}”",
   deleteTool: "Delete tool {name}", deleted: "Conversation deleted.", dark: "Dark", edit: "Edit message", editTool: "Edit tool {name}",
   empty: "The model ended without writing an answer.", emptyLength: "The tokens ran out before the answer began: raise max tokens, or lower the thinking budget.",
   exampleClock: "What is the time in Tokyo?", exampleIntro: "Give me a short introduction to large language models.",
@@ -20,7 +20,7 @@ const ENGLISH = {
   length: "Cut off: the limit of tokens was reached.", light: "Light", loading: "Connecting to the server…", max_tokens: "Max tokens",
   menu: "Conversations", messageBox: "Message", messageHint: "Ask something", mock: "Result", mockHint: "Leave empty to type the result of each call yourself",
   model: "Model", more: "Export and shortcuts", newConversation: "New conversation", newTool: "New tool", noConversations: "No conversations yet", noMatch: "Nothing found",
-  notKept: "This browser keeps nothing: export what you want to keep.", numberRange: "a number from {low} to {high}", page: "ran in this page",
+  notKept: "This browser keeps nothing: export what you want to keep.", numberRange: "a number from {low} to {high}", openRange: "a number above {low} and up to {high}", page: "ran in this page",
   prompt: "prompt {count}", queueRetry: "Try again in {seconds} s.", rename: "Rename “{title}”", replaced: "Replaced.", result: "Result", resultAsk: "Result of {name}",
   resultHint: "What the tool returns, as JSON or text", retry: "Try again", sampling: "Sampling", save: "Save", saveAndSend: "Send", search: "Search",
   seed: "Seed", send: "Send", sendResult: "Send result", settings: "Settings", skip: "Skip to the message box", stop: "Stop", stopped: "Stopped.",
@@ -35,12 +35,12 @@ const ENGLISH = {
 };
 
 const CHINESE = {
-  again: "重新回答", allConversations: "所有对话", answered: "回答：{text}", apiKey: "API 密钥",
+  again: "重新回答", answered: "回答：{text}", apiKey: "API 密钥",
   apiKeyAsk: "此服务器需要 API 密钥。", apiKeyRemember: "保存在本设备", apiKeySave: "使用此密钥",
   appearance: "外观", arguments: "参数", brokenOff: "回答完成前连接中断了。",
   cached: "缓存 {count}", call: "调用", cancel: "取消", close: "关闭", code: "代码", continueRun: "继续",
   contextUse: "上下文 {all} 个词元，已用 {used} 个", conversation: "对话", conversations: "对话列表",
-  copied: "已复制", copy: "复制", copyMessage: "复制消息", data: "数据", default: "默认", delete: "删除“{title}”",
+  copied: "已复制", copy: "复制", copyMessage: "复制消息", default: "默认", delete: "删除“{title}”",
   deleteTool: "删除工具 {name}", deleted: "对话已删除。", dark: "深色", edit: "编辑消息", editTool: "编辑工具 {name}",
   empty: "模型没有写出回答就结束了。", emptyLength: "回答开始前词元已用完：请调高最大词元数，或降低思考预算。",
   exampleClock: "东京的时间", exampleIntro: "简单介绍一下大语言模型。",
@@ -54,7 +54,7 @@ const CHINESE = {
   length: "已截断：达到词元上限。", light: "浅色", loading: "正在连接服务器…", max_tokens: "最大词元数",
   menu: "对话列表", messageBox: "消息", messageHint: "问点什么", mock: "结果", mockHint: "留空则每次调用由你填写结果",
   model: "模型", more: "导出与快捷键", newConversation: "新对话", newTool: "新工具", noConversations: "还没有对话", noMatch: "没有找到",
-  notKept: "此浏览器不保存数据：请导出要保留的内容。", numberRange: " {low} 到 {high} 之间的数", page: "在本页运行",
+  notKept: "此浏览器不保存数据：请导出要保留的内容。", numberRange: " {low} 到 {high} 之间的数", openRange: "大于 {low} 且不超过 {high} 的数", page: "在本页运行",
   prompt: "提示 {count}", queueRetry: "请在 {seconds} 秒后重试。", rename: "重命名“{title}”", replaced: "已替换。", result: "结果", resultAsk: "{name} 的结果",
   resultHint: "工具返回的内容，JSON 或文本", retry: "重试", sampling: "采样", save: "保存", saveAndSend: "发送", search: "搜索",
   seed: "随机种子", send: "发送", sendResult: "发送结果", settings: "设置", skip: "跳到输入框", stop: "停止", stopped: "已停止。",

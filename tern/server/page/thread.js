@@ -18,12 +18,13 @@ const EXAMPLES = [
 export class Thread {
   #views = new Map();
   #atEnd = true;
+  #top = 0;
 
   constructor(actions) {
     this.actions = actions;
     this.element = byId("messages");
     this.latest = byId("latest");
-    this.element.addEventListener("scroll", () => this.#look());
+    this.element.addEventListener("scroll", () => this.#scrolled());
     this.latest.addEventListener("click", () => this.#toEnd("smooth"));
     new ResizeObserver(() => this.#follow()).observe(this.element);
   }
@@ -93,15 +94,17 @@ export class Thread {
     return el("div", { class: "welcome" }, mark, el("h2", { text: t("welcome", { model: model ?? "Tern" }) }), el("p", { text: t("welcomeNote") }), el("div", { class: "examples" }, ...cards));
   }
 
-  #look() {
+  /** Only who scrolls up leaves the end: text that came since the last scrolling does not mean that. */
+  #scrolled() {
     const { scrollTop, clientHeight, scrollHeight } = this.element;
-    this.#atEnd = scrollHeight - scrollTop - clientHeight < NEAR;
+    const near = scrollHeight - scrollTop - clientHeight < NEAR;
+    if (near || scrollTop < this.#top) this.#atEnd = near;
+    this.#top = scrollTop;
     this.latest.hidden = this.#atEnd;
   }
 
   #follow() {
     if (this.#atEnd) this.#toEnd("instant");
-    else this.#look();
   }
 
   #toEnd(behavior) {

@@ -64,8 +64,13 @@ export function resultOf(call, userTools) {
 function runDemo(demo, call) {
   try {
     const given = JSON.parse(call.arguments || "{}");
-    return JSON.stringify(demo.run(given ?? {}));
+    return spaced(demo.run(given ?? {}));
   } catch (error) {
-    return JSON.stringify({ error: error.message });
+    return spaced({ error: error.message });
   }
+}
+
+/** A flat object as JSON with blanks behind colons and commas, which is how models have mostly read it. */
+function spaced(value) {
+  return `{${Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${JSON.stringify(each)}`).join(", ")}}`;
 }
