@@ -287,9 +287,10 @@ def test_the_clock(chat: Chat) -> None:
 def test_the_counters(chat: Chat) -> None:
     code = """({ AnswerWriter, emptyAnswer, speed }) => {
         const answer = emptyAnswer(), writer = new AnswerWriter(answer, 1000);
-        const take = (now, delta, completion, finish_reason = null) =>
-            writer.take(
-                { choices: [{ delta, finish_reason }], usage: { prompt_tokens: 9, completion_tokens: completion } }, now);
+        const take = (now, delta, completion_tokens, finish_reason = null) => {
+            const usage = { prompt_tokens: 9, completion_tokens };
+            writer.take({ choices: [{ delta, finish_reason }], usage }, now);
+        };
         take(1000, { role: "assistant", content: "" }, 0);
         take(1500, { reasoning_content: "a" }, 1);
         const early = speed(answer.stats) ?? null;
