@@ -7,14 +7,14 @@ from functools import cache
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from tern.server import chat_completions, completions, health, messages, models, responses, tokenization
+from tern.server import chat_completions, completions, health, messages, models, page, responses, tokenization
 from tern.server.errors import install_error_handlers
 from tern.server.guard import Guard
 from tern.server.openapi import document
 from tern.server.request_log import ID_HEADER, RequestLog
 from tern.server.state import AppState
 
-FAMILIES = (chat_completions, completions, responses, messages, models, tokenization, health)
+FAMILIES = (chat_completions, completions, responses, messages, models, tokenization, health, page)
 
 
 def create_app(state: AppState) -> FastAPI:

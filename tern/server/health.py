@@ -1,8 +1,8 @@
-"""GET /, /health, /ready, /version and /metrics: whether the server lives, whether it takes work, and what it is."""
+"""GET /health, /ready, /version and /metrics: whether the server lives, whether it takes work, and what it is."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from tern import __version__
@@ -28,18 +28,19 @@ Tern serves {model} here. Try:
 """
 
 
+def what_to_try(state: AppState, base: str) -> str:
+    """What the server at the URL `base` answers, with a command to begin with."""
+    return WELCOME.format(
+        model=state.model_name,
+        key=state.options.curl_key,
+        base=base,
+        metrics=" /metrics" if state.options.metrics_port is None else "",
+    )
+
+
 def routes(state: AppState) -> APIRouter:
     """The family's routes; none asks for an API key."""
     router = APIRouter()
-
-    @router.get("/", response_class=PlainTextResponse, **described("What to try", meaning="Commands to try, as text."))
-    async def welcome(http: Request) -> str:
-        return WELCOME.format(
-            model=state.model_name,
-            key=state.options.curl_key,
-            base=str(http.base_url).rstrip("/"),
-            metrics=" /metrics" if state.options.metrics_port is None else "",
-        )
 
     @router.get("/health", **described("Is it alive", Health, meaning="503 when the engine hangs.", also=(503,)))
     async def health() -> Response:
