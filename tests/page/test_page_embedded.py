@@ -26,7 +26,7 @@ def embedded() -> Iterator[Any]:
         said = []
         for line in process.stdout:
             said.append(line)
-            if f"http://127.0.0.1:{port}" in line:
+            if f"answers at http://127.0.0.1:{port}" in line:
                 break
         else:
             pytest.fail("the server ended: " + "".join(said))
