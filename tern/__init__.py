@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tern.engine.sampling_params import SamplingParams
+    from tern.engine.structured_outputs import StructuredOutputsParams
     from tern.errors import TernError
     from tern.llm import LLM, CompletionOutput, Logprob, RequestOutput
 
@@ -17,10 +18,20 @@ _HOMES = {
     "Logprob": "tern.llm",
     "RequestOutput": "tern.llm",
     "SamplingParams": "tern.engine.sampling_params",
+    "StructuredOutputsParams": "tern.engine.structured_outputs",
     "TernError": "tern.errors",
 }
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams", "TernError", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "TernError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,13 +28,18 @@ from rich.progress import (
 )
 
 from tern.chat import (
+    AnswerForm,
+    AnswerRules,
     ChatProtocol,
+    CompiledGrammar,
+    GrammarCompiler,
     ParsedMessage,
     ParserState,
     RenderedPrompt,
     TextStream,
     Tokenizer,
     bad_word_sequences,
+    parse_held_response,
     parse_response,
 )
 from tern.checkpoint import resolve_model
@@ -161,6 +166,7 @@ class _Job:
     state: ParserState | None
     tools: list[dict[str, Any]] | None
     collectors: list[_Collector]
+    grammar: CompiledGrammar | None = None
 
 
 class LLM:
@@ -196,6 +202,7 @@ class LLM:
         self._engine = Engine.open(source, options, progress=progress)
         self._protocol = ChatProtocol.from_directory(source.directory, source.text_files)
         self._generation = source.generation
+        self._grammars = GrammarCompiler(self.get_tokenizer(), source.generation.eos_token_ids)
         self._ids = itertools.count()
         self._lock = threading.Lock()
 
@@ -240,7 +247,7 @@ class LLM:
         """Answer each conversation; `outputs[i].message` holds reasoning, content and tool calls apart.
 
         `messages` is one conversation (a list of OpenAI messages) or a list of them. `stop` strings count only after
-        the thought. Raises as `generate`.
+        the thought. The arguments of strict tools, and `structured_outputs`, hold behind it. Raises as `generate`.
         """
         many = isinstance(messages, list | tuple) and messages and not isinstance(messages[0], Mapping)
         conversations: Sequence[Conversation] = messages if many else [messages]  # type: ignore[assignment,list-item]
@@ -272,7 +279,8 @@ class LLM:
 
     def _completion_job(self, prompt: Prompt, params: SamplingParams) -> _Job:
         text, token_ids = self._read_prompt(prompt)
-        return self._job(text, token_ids, params)
+        form = AnswerForm.of(params.structured_outputs)
+        return self._job(text, token_ids, params, grammar=self._grammars.for_text(form))
 
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
         given: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) else {"prompt": prompt}
@@ -295,7 +303,10 @@ class LLM:
         if params.reasoning_max_tokens == 0:
             template_kwargs = {**(template_kwargs or {}), "enable_thinking": False}
         prompt = self._protocol.prompt(messages, tools=tools, template_kwargs=template_kwargs)
-        return self._job(prompt.text, prompt.token_ids, params, chat=prompt, tools=tools)
+        assert prompt.state is not None, "a rendered chat says where its answer begins"
+        rules = AnswerRules(AnswerForm.of(params.structured_outputs), tools or ())
+        grammar = self._grammars.for_answer(rules, prompt.text, prompt.state)
+        return self._job(prompt.text, prompt.token_ids, params, chat=prompt, tools=tools, grammar=grammar)
 
     def _job(
         self,
@@ -305,12 +316,17 @@ class LLM:
         *,
         chat: RenderedPrompt | None = None,
         tools: list[dict[str, Any]] | None = None,
+        grammar: CompiledGrammar | None = None,
     ) -> _Job:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._generation.eos_token_ids)
         hidden = frozenset() if params.include_stop_str_in_output else ends
-        collectors = [_Collector(self._protocol.text_stream(params, prompt=chat), hidden) for _ in range(params.n)]
+        opens_response = grammar is None or not tools
+        streams = [
+            self._protocol.text_stream(params, prompt=chat, opens_response=opens_response) for _ in range(params.n)
+        ]
+        collectors = [_Collector(stream, hidden) for stream in streams]
         state = chat.state if chat is not None else None
-        return _Job(f"offline-{next(self._ids)}", text, tuple(token_ids), params, state, tools, collectors)
+        return _Job(f"offline-{next(self._ids)}", text, tuple(token_ids), params, state, tools, collectors, grammar)
 
     def _run(self, jobs: list[_Job], *, show_progress: bool) -> list[RequestOutput]:
         requests = [request for job in jobs for request in self._requests(job)]
@@ -334,6 +350,7 @@ class LLM:
                 sink=collector,
                 bad_token_sequences=bad,
                 choice_index=index,
+                grammar=job.grammar and job.grammar.start(),
             )
 
     def _step_until_done(self, jobs: list[_Job], *, show_progress: bool) -> None:
@@ -353,6 +370,7 @@ class LLM:
         finish = collector.finished
         assert finish is not None, "the engine went idle without finishing a request"
         text = "".join(collector.pieces)
+        parse = parse_response if job.params.structured_outputs is None else parse_held_response
         wants_logprobs = job.params.logprobs is not None
         chosen = [token.logprob.logprob if token.logprob else 0.0 for token in collector.tokens]
         return CompletionOutput(
@@ -364,7 +382,7 @@ class LLM:
             finish_reason=str(finish.reason),
             stop_reason=collector.stream.stop_string or self._stop_token(finish, job.params),
             error=finish.message if finish.reason is FinishReason.ERROR else None,
-            message=parse_response(text, tools=job.tools, start=job.state) if job.state else None,
+            message=parse(text, tools=job.tools, start=job.state) if job.state else None,
         )
 
     def _stop_token(self, finish: Finish, params: SamplingParams) -> int | None:

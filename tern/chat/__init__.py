@@ -15,6 +15,9 @@ from tern.chat.events import (
     ToolCallDelta,
     collect_message,
 )
+from tern.chat.grammar import CompiledGrammar, GrammarCompiler
+from tern.chat.grammar_rules import AnswerForm, AnswerRules
+from tern.chat.held_response import HeldResponseParser, parse_held_response
 from tern.chat.messages import validate_messages
 from tern.chat.parser import ParserState, ResponseParser, parse_response, state_after_prompt
 from tern.chat.protocol import ChatProtocol, RenderedPrompt
@@ -24,10 +27,15 @@ from tern.chat.tokenizer import Tokenizer, bad_word_sequences
 from tern.chat.tools import validate_tools
 
 __all__ = [
+    "AnswerForm",
+    "AnswerRules",
     "ChatProtocol",
     "ChatTemplate",
+    "CompiledGrammar",
     "ContentDelta",
     "Detokenizer",
+    "GrammarCompiler",
+    "HeldResponseParser",
     "ParsedMessage",
     "ParsedToolCall",
     "ParserState",
@@ -42,6 +50,7 @@ __all__ = [
     "ToolCallDelta",
     "bad_word_sequences",
     "collect_message",
+    "parse_held_response",
     "parse_response",
     "state_after_prompt",
     "validate_messages",

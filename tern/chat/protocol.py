@@ -86,10 +86,12 @@ class ChatProtocol:
         """Text to be continued as it is."""
         return RenderedPrompt(text, tuple(self.tokenizer.encode(text)))
 
-    def text_stream(self, params: TextParams, *, prompt: RenderedPrompt | None = None) -> TextStream:
+    def text_stream(
+        self, params: TextParams, *, prompt: RenderedPrompt | None = None, opens_response: bool = True
+    ) -> TextStream:
         """The stream for one response to `prompt` (None or a plain prompt: no thought to watch).
 
-        In a chat, stop strings do not count inside a thought.
+        In a chat, stop strings do not count inside a thought. `opens_response`: as in `ThinkingControl`.
         """
         end = prompt.text if prompt is not None and prompt.state is not None else None
         stop = (params.stop,) if isinstance(params.stop, str) else tuple(params.stop or ())
@@ -99,6 +101,8 @@ class ChatProtocol:
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
-            thinking=ThinkingControl(max_tokens=params.reasoning_max_tokens) if end is not None else None,
+            thinking=ThinkingControl(max_tokens=params.reasoning_max_tokens, opens_response=opens_response)
+            if end is not None
+            else None,
             prompt_end=end or "",
         )

@@ -16,6 +16,7 @@ from tern.chat.parser import (
     END_RESPONSE,
     END_THINK,
     END_TOOL_CALL,
+    RESPONSE,
     THINK,
     ParserState,
     state_after_prompt,
@@ -42,12 +43,14 @@ class ThinkingControl:
 
     `max_tokens` is its budget, None for no bound; it may run over by the few tokens that finish a character or a
     `</think>` under way. `loop_guard` ends a thought that repeats itself. `closing_text` is what is written when the
-    thought is ended from outside; None: a sentence in the thought's own language and `CLOSE_THOUGHT`.
+    thought is ended from outside; None: a sentence in the thought's own language and `CLOSE_THOUGHT`, of that the
+    `<response>` only if `opens_response`: where a grammar allows calls, it is the model's to say what comes.
     """
 
     max_tokens: int | None = None
     loop_guard: bool = True
     closing_text: str | None = None
+    opens_response: bool = True
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,8 @@ class _Thoughts:
     def _closing_text(self) -> str:
         if self._control.closing_text is not None:
             return self._control.closing_text
-        return CLOSING_SENTENCE[_language(self._tail)] + CLOSE_THOUGHT
+        closing = CLOSE_THOUGHT if self._control.opens_response else CLOSE_THOUGHT.removesuffix(f"{RESPONSE}\n")
+        return CLOSING_SENTENCE[_language(self._tail)] + closing
 
 
 def _ends_inside_tag(text: str) -> bool:

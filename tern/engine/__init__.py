@@ -18,12 +18,14 @@ if TYPE_CHECKING:
         GeneratedToken,
         Request,
         Steering,
+        TokenGrammar,
         TokenLogprob,
         TokenSink,
     )
     from tern.engine.sampling_params import SamplingParams
     from tern.engine.service import EngineService, ServiceState
     from tern.engine.stats import EngineStats
+    from tern.engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
     "CONTINUE",
@@ -38,6 +40,8 @@ __all__ = [
     "SamplingParams",
     "ServiceState",
     "Steering",
+    "StructuredOutputsParams",
+    "TokenGrammar",
     "TokenLogprob",
     "TokenSink",
 ]
@@ -49,6 +53,7 @@ _HOMES = {
     "SamplingParams": "sampling_params",
     "EngineService": "service",
     "ServiceState": "service",
+    "StructuredOutputsParams": "structured_outputs",
 }
 
 

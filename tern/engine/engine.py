@@ -7,6 +7,7 @@ model. One thread at a time may use an `Engine`; `tern.engine.service` puts one 
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from array import array
 from collections import deque
@@ -25,6 +26,7 @@ from tern.engine.drafts import Drafter
 from tern.engine.options import EngineOptions
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
 from tern.engine.runner import Runner, Sampled
+from tern.engine.sampler import GRAMMAR_FAILED
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
@@ -93,7 +95,7 @@ class Engine:
         self.consecutive_failures = 0
         self._finished = dict.fromkeys(FinishReason, 0)
         self._computed_tokens = self._generated_tokens = self._steps = self._failed_steps = 0
-        self._last_step_seconds = 0.0
+        self._last_step_seconds = self._grammar_seconds = 0.0
 
     @classmethod
     def open(cls, source: ModelSource, options: EngineOptions | None = None, *, progress: bool = True) -> Engine:
@@ -167,11 +169,17 @@ class Engine:
             self._check_ids("bad_words", words)
             if not words:
                 raise InvalidRequestError("bad_words contains an empty word: leave it out.", param="bad_words")
+        if params.structured_outputs is not None and request.grammar is None:
+            raise InvalidRequestError(
+                "structured_outputs is given to the engine itself, which knows no text: make a grammar of it.",
+                param="structured_outputs",
+            )
         self._check_length(len(prompt), params.max_tokens)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
         self._check_choice(request, stop_ids)
         wanted = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
-        sequence = Sequence(request, max_length=wanted, stop_ids=stop_ids, sampling=SamplingState(request, stop_ids))
+        sampling = SamplingState(request, stop_ids, self.eos_token_ids - stop_ids)
+        sequence = Sequence(request, max_length=wanted, stop_ids=stop_ids, sampling=sampling)
         self.pool.extend_digests(sequence)
         return sequence
 
@@ -224,6 +232,7 @@ class Engine:
             failed_steps=self._failed_steps,
             finished=dict(self._finished),
             last_step_seconds=self._last_step_seconds,
+            grammar_seconds=self._grammar_seconds + self.runner.grammar_seconds,
             disk_hit_tokens=self.scheduler.restored_hit_tokens,
             disk_bytes_read=self.disk_cache.bytes_read if self.disk_cache else 0,
             disk_bytes_written=self.disk_cache.bytes_written if self.disk_cache else 0,
@@ -317,6 +326,8 @@ class Engine:
             token = pending.popleft()
             sequence.token_ids.append(token.token_id)
             self._generated_tokens += 1
+            if not self._obeys_grammar(sequence, token.token_id):
+                return
             try:
                 steering = sequence.request.sink.push(token)
                 self._check_ids("Steering.force", steering.force)
@@ -327,10 +338,25 @@ class Engine:
             self._end_if_due(sequence, token, steering)
             pending.extend(GeneratedToken(forced, forced=True) for forced in steering.force)
 
+    def _obeys_grammar(self, sequence: Sequence, token_id: int) -> bool:
+        """Tell the sequence's grammar of a token; False if that failed, and then the sequence has been ended."""
+        if sequence.request.grammar is None:
+            return True
+        started = time.perf_counter()
+        try:
+            sequence.request.grammar.accept(token_id)
+        except Exception:
+            logger.exception("The grammar of request %r failed", sequence.request_id)
+            self._finish(sequence, FinishReason.ERROR, message=GRAMMAR_FAILED)
+            return False
+        finally:
+            self._grammar_seconds += time.perf_counter() - started
+        return True
+
     def _end_if_due(self, sequence: Sequence, token: GeneratedToken, steering: Steering) -> None:
         if token.token_id in sequence.stop_ids and not token.forced:
             self._finish(sequence, FinishReason.STOP, stop_token_id=token.token_id)
-        elif steering.stop:
+        elif steering.stop or (sequence.request.grammar is not None and sequence.request.grammar.ended):
             self._finish(sequence, FinishReason.STOP)
         elif len(sequence.token_ids) >= sequence.max_length:
             self._finish(sequence, FinishReason.LENGTH)

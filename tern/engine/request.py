@@ -5,9 +5,13 @@ Knows no tensors and no text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from tern.engine.sampling_params import SamplingParams
 
@@ -81,13 +85,35 @@ class TokenSink(Protocol):
     def finish(self, finish: Finish) -> None: ...
 
 
+class TokenGrammar(Protocol):
+    """Says which tokens may come next in one sequence. Called on the engine's thread only.
+
+    It knows the tokens that were accepted, none of the prompt's. `ended` is true once only the end may follow: the
+    sequence then ends. An exception raised here ends this request alone.
+    """
+
+    @property
+    def ended(self) -> bool: ...
+
+    def fill(self, mask: npt.NDArray[np.uint32], ahead: Sequence[int]) -> bool:
+        """Write what may come behind the accepted tokens and those `ahead`, which are not accepted by it.
+
+        Token t is bit t % 32 of word t // 32 of `mask` [ceil(vocab / 32)], which comes as zeros. False says that
+        nothing binds there, because the grammar is silent or because it refuses the tokens ahead.
+        """
+
+    def accept(self, token_id: int) -> None:
+        """Take the next token, sampled or forced. Raises when it may not come."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One sequence to generate (`n` choices are n requests that share their prompt's cache).
 
     `bad_token_sequences` are the tokenised `bad_words`. `cache_salt` keeps prefix-cache entries of different owners
     apart. Of equal `priority` the earlier request goes first; lower values go before higher ones.
-    `choice_index` shifts the seed so that choices of one request differ.
+    `choice_index` shifts the seed so that choices of one request differ. `grammar` binds this one sequence: it wins
+    over `min_tokens`, `ignore_eos` and bad words where they would leave it no token.
     """
 
     request_id: str
@@ -98,3 +124,4 @@ class Request:
     priority: int = 0
     cache_salt: bytes = b""
     choice_index: int = 0
+    grammar: TokenGrammar | None = None

@@ -85,6 +85,12 @@ class Runner:
                 num_drafts=predicted_drafts,
             )
 
+    @property
+    def grammar_seconds(self) -> float:
+        """What the grammars' masks took so far, those of the predictor's drafts included."""
+        ahead = self.predictor.sampler.grammar_seconds if self.predictor is not None else 0.0
+        return self.sampler.grammar_seconds + ahead
+
     @torch.inference_mode()
     def run(self, chunks: Ordered[Chunk], follows: Callable[[Sequence], bool] = lambda _: False) -> StepResult:
         """Compute the chunks, and let the predictor draft for the sequences that it `follows`."""

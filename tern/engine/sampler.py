@@ -4,6 +4,7 @@ A row goes through the moves below; a batch of plain greedy rows stops after the
 
     peak       the largest logit of every row; a row without a finite one ends its request
     edit       logit_bias, penalties, masks: scattered into the few entries concerned, never over the vocabulary
+    keep       what the row's grammar allows, where it has one
     scale      (logit - peak) / temperature, so that the likeliest token stands at 0 and no exponential overflows
     min_p      drops tokens less likely than min_p times the likeliest
     top_k/p    sorts what can be in the nucleus, keeps the first k, then the shortest prefix that reaches top_p
@@ -15,12 +16,16 @@ logits as the model gave them.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from array import array
+from collections.abc import Container, Mapping
 from collections.abc import Sequence as Ordered
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,8 +33,13 @@ from tern import ops
 from tern.engine.request import GeneratedToken, TokenLogprob
 from tern.engine.sampling_state import SamplingState, uniform
 
+logger = logging.getLogger(__name__)
+
 NOT_FINITE = "The model gave no finite score for any next token; its weights or its number format are damaged."
 ALL_MASKED = "logit_bias, bad_words and min_tokens together forbid every next token; relax one of them."
+GRAMMAR_FAILED = (
+    "The grammar of this request cannot go on from here: it allows no next token or is too costly; simplify it."
+)
 
 
 class SamplingRow(Protocol):
@@ -44,9 +54,15 @@ class SamplingRow(Protocol):
     @property
     def num_generated_tokens(self) -> int: ...
 
+    @property
+    def ahead(self) -> Ordered[int]: ...
+
 
 class Sampler:
-    """Chooses the next token of every row."""
+    """Chooses the next token of every row. `grammar_seconds` went into the masks of grammars so far."""
+
+    def __init__(self) -> None:
+        self.grammar_seconds = 0.0
 
     def sample(self, logits: Tensor, sequences: Ordered[SamplingRow]) -> list[GeneratedToken | str]:
         """One token a row of `logits` [rows, vocab], or the sentence that ends that row's request.
@@ -54,15 +70,19 @@ class Sampler:
         The logits are float32 and are overwritten.
         """
         states = [sequence.sampling for sequence in sequences]
-        edited = [row for row, s in enumerate(sequences) if states[row].edits_logits(s.num_generated_tokens)]
         drawn = [row for row, state in enumerate(states) if not state.greedy]
         scored = [row for row, state in enumerate(states) if state.params.logprobs is not None]
 
         raw = logits[_index(scored, logits)] if scored else None
         peaks, tokens = ops.largest(logits)
         broken = dict.fromkeys(_not_finite_rows(peaks), NOT_FINITE)
+        masks = self._masks(sequences, logits.shape[1], broken)
+        edited = [
+            row for row, s in enumerate(sequences) if row in masks or states[row].edits_logits(s.num_generated_tokens)
+        ]
         if edited:
-            _edit(logits, edited, sequences)
+            _edit(logits, edited, sequences, masks)
+            self._keep(logits, masks)
             rows = _index(edited, logits)
             peaks[rows], tokens[rows] = ops.largest(logits[rows])
             for row in _not_finite_rows(peaks):
@@ -80,6 +100,32 @@ class Sampler:
             for row, token in enumerate(tokens.tolist())
         ]
 
+    def _masks(
+        self, sequences: Ordered[SamplingRow], vocab: int, broken: dict[int, str]
+    ) -> dict[int, npt.NDArray[np.uint32]]:
+        """What the grammars of the rows allow: row -> bits [ceil(vocab / 32)]. A grammar that fails breaks its row."""
+        started = time.perf_counter()
+        masks = {}
+        for row, sequence in enumerate(sequences):
+            grammar = sequence.sampling.grammar
+            if grammar is None or row in broken:
+                continue
+            mask = np.zeros(-(-vocab // 32), np.uint32)
+            try:
+                if grammar.fill(mask, sequence.ahead):
+                    masks[row] = sequence.sampling.narrow(mask, sequence.token_ids)
+            except Exception:
+                logger.exception("A grammar failed")
+                broken[row] = GRAMMAR_FAILED
+        self.grammar_seconds += time.perf_counter() - started
+        return masks
+
+    def _keep(self, logits: Tensor, masks: Mapping[int, npt.NDArray[np.uint32]]) -> None:
+        if masks:
+            started = time.perf_counter()
+            ops.keep_allowed(logits, list(masks), np.stack(list(masks.values())))
+            self.grammar_seconds += time.perf_counter() - started
+
 
 def _index(rows: Ordered[int], like: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=like.device)
@@ -89,8 +135,11 @@ def _not_finite_rows(peaks: Tensor) -> list[int]:
     return [row for row, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
 
 
-def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow]) -> None:
-    """Apply bias, penalties and masks to `rows` of `logits` [rows, vocab], in place."""
+def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow], held: Container[int]) -> None:
+    """Apply bias, penalties and masks to `rows` of `logits` [rows, vocab], in place.
+
+    The masks of rows that are `held` by a grammar stand in the grammar's.
+    """
     states = [(row, sequences[row].sampling) for row in rows]
     biased = [(row, state.bias_ids, state.bias_values) for row, state in states if len(state.bias_ids)]
     if biased:
@@ -99,7 +148,7 @@ def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow]) -
     penalised = [(row, state) for row, state in states if state.penalised]
     if penalised:
         _penalise(logits, penalised, sequences)
-    masked = [(row, state.masked_ids(sequences[row].token_ids)) for row, state in states]
+    masked = [(row, state.masked_ids(sequences[row].token_ids)) for row, state in states if row not in held]
     if any(len(ids) for _, ids in masked):
         logits[_entries(masked, logits)] = -math.inf
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
+from tern.engine.structured_outputs import StructuredOutputsParams
 from tern.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
@@ -26,7 +27,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `max_tokens` None means as many as fit the model. `stop` and `bad_words` are text: the
     front door resolves them with its tokenizer, the engine itself only sees token ids. `reasoning_max_tokens` bounds
-    the thought of a chat. `logprobs` k asks for the k most likely tokens of every step beside the chosen one.
+    the thought of a chat. `structured_outputs` is text too: the form that the answer must have. `logprobs` k asks for
+    the k most likely tokens of every step beside the chosen one.
 
     Raises `InvalidRequestError` that names the field, the value and its range, when it is made and when a field is set.
     """
@@ -52,6 +54,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     reasoning_max_tokens: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._check()
@@ -115,6 +118,12 @@ class SamplingParams:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.reasoning_max_tokens is not None:
             _integer("reasoning_max_tokens", self.reasoning_max_tokens, 0, 2**31 - 1)
+
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputsParams):
+            raise InvalidRequestError(
+                f"structured_outputs is {form!r:.60}: it must be StructuredOutputsParams.", param="structured_outputs"
+            )
 
     def _check_collections(self, stop: tuple[str, ...]) -> None:
         _size("stop", len(stop), MAX_STOP_STRINGS)

@@ -74,11 +74,14 @@ class SamplingState:
     """One sequence's sampling parameters in the form the sampler reads, and its token history.
 
     `edits_logits` is true when the logits themselves are changed (bias, penalties, masks), at least for now.
+    `ignored_ids` are the model's end tokens when they are to be ignored.
     """
 
-    def __init__(self, request: Request, stop_ids: frozenset[int]) -> None:
+    def __init__(self, request: Request, stop_ids: frozenset[int], ignored_ids: frozenset[int] = frozenset()) -> None:
         params = request.params
         self.params = params
+        self.grammar = request.grammar
+        self._ignored = np.array(sorted(ignored_ids), np.int64)
         self.stream = stream_of(params.seed, request.choice_index)
         self.greedy = params.greedy
         self.min_tokens = params.min_tokens
@@ -118,3 +121,12 @@ class SamplingState:
             ends = [bad[-1] for bad in self._bad_sequences if tail[1 - len(bad) :] == bad[:-1]]
             masked = np.concatenate([masked, np.array(ends, np.int64)])
         return masked
+
+    def narrow(self, mask: npt.NDArray[np.uint32], token_ids: array[int]) -> npt.NDArray[np.uint32]:
+        """A grammar's `mask` [vocab / 32] without what must not come next, unless the grammar leaves nothing else."""
+        banned = np.concatenate([self.masked_ids(token_ids), self._ignored])
+        if not len(banned):
+            return mask
+        narrowed = mask.copy()
+        np.bitwise_and.at(narrowed, banned >> 5, ~(np.uint32(1) << (banned & 31).astype(np.uint32)))
+        return narrowed if narrowed.any() else mask

@@ -84,6 +84,11 @@ class Sequence:
         return (self.request.priority, self.arrival)
 
     @property
+    def ahead(self) -> tuple[int, ...]:
+        """Tokens that are read with it but not appended yet: none."""
+        return ()
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Tokens whose keys and values are still missing."""
         return len(self.token_ids) - self.num_computed_tokens
@@ -114,6 +119,11 @@ class Continuation:
         self._sequence = sequence
         self._ahead = array("q", ahead)
         self.sampling = sequence.sampling
+
+    @property
+    def ahead(self) -> array[int]:
+        """The tokens that are not appended yet."""
+        return self._ahead
 
     @property
     def token_ids(self) -> array[int]:

@@ -16,7 +16,8 @@ class EngineStats:
     forced ones, `computed_tokens` all that went through the model, after a preemption once more and drafts too.
     `drafted_tokens` were verified by steps, `accepted_tokens` of them were right. `finished` counts endings by reason.
     `last_step_seconds` is how long the newest step computed. `disk_hit_tokens` of the `prefix_hit_tokens` were read
-    from `kv_cache_dir`; `disk_bytes_read` and `disk_bytes_written` passed in and out.
+    from `kv_cache_dir`; `disk_bytes_read` and `disk_bytes_written` passed in and out. `grammar_seconds` went into
+    the masks and the states of grammars.
     """
 
     running: int
@@ -39,6 +40,7 @@ class EngineStats:
     disk_hit_tokens: int = 0
     disk_bytes_read: int = 0
     disk_bytes_written: int = 0
+    grammar_seconds: float = 0.0
 
     @property
     def cancelled(self) -> int:

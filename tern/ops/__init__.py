@@ -5,6 +5,10 @@ norms and routing in float32 and bfloat16, attention over int8 caches. Everythin
 weights, is the reference in plain torch.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,6 +37,7 @@ __all__ = [
     "draw",
     "embed",
     "empty",
+    "keep_allowed",
     "kv_cache_shapes",
     "largest",
     "likeliest",
@@ -153,6 +158,14 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     if cpu.can_choose(logits):
         return cpu.largest(logits)
     return reference_sampling.largest(logits)
+
+
+def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:
+    """Forbid tokens of some rows of logits, in place; see `tern.ops.reference_sampling.keep_allowed`."""
+    if cpu.can_choose(logits):
+        cpu.keep_allowed(logits, rows, masks)
+    else:
+        reference_sampling.keep_allowed(logits, rows, masks)
 
 
 def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:

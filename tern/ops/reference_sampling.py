@@ -7,8 +7,11 @@ distribution: over token ids where nothing is cut off, over falling scores where
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -51,6 +54,18 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     inside = blocks[torch.arange(len(logits), device=logits.device), block]
     peaks, place = inside.max(dim=-1)
     return peaks, block * _BLOCK + place
+
+
+def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:
+    """Set what a mask forbids to -inf in some `rows` of `logits` [rows, vocab], in place.
+
+    `masks` [len(rows), ceil(vocab / 32)]: token t is allowed if bit t % 32 of word t // 32 is set.
+    """
+    words = torch.from_numpy(masks.view(np.int32)).to(logits.device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    forbidden = bits.flatten(1)[:, : logits.shape[1]] == 0
+    places = torch.tensor(rows, device=logits.device)
+    logits[places] = logits[places].masked_fill(forbidden, -math.inf)
 
 
 def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:

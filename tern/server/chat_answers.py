@@ -21,7 +21,10 @@ from tern.server.usage import running_usage, total_usage
 
 @dataclass(frozen=True)
 class ChatShape:
-    """What the request says about the form of its answer. `num_top` is None when no log-probabilities are wanted."""
+    """What the request says about the form of its answer. `num_top` is None when no log-probabilities are wanted.
+
+    With a `named_call` a call is no reason to end: OpenAI says "stop" then.
+    """
 
     answer_id: str
     created: int
@@ -33,6 +36,7 @@ class ChatShape:
     token_ids: bool
     usage_at_end: bool
     usage_always: bool
+    named_call: bool = False
 
     def envelope(self, kind: str, choices: list[JsonObject]) -> JsonObject:
         """What every answer and chunk begins with."""
@@ -84,7 +88,7 @@ def _whole_choice(shape: ChatShape, index: int, progress: Progress) -> JsonObjec
         "index": index,
         "message": message,
         **shape.extras(progress.tokens),
-        **_end_fields(progress.ending, called=bool(parsed.tool_calls)),
+        **_end_fields(progress.ending, called=bool(parsed.tool_calls) and not shape.named_call),
     }
 
 
@@ -132,7 +136,7 @@ class ChunkWriter:
                 yield sse(self._chunk([self._delta(index, delta_of(event), {"finish_reason": None})]))
             if progress.ending is not None:
                 self._endings[index] = progress.ending
-                end = _end_fields(progress.ending, called=self._called[index])
+                end = _end_fields(progress.ending, called=self._called[index] and not self._shape.named_call)
                 yield sse(self._chunk([self._delta(index, {}, end)]))
 
     def closing(self) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
-from tern.server.chat_plan import Asked, plan_chat, read_chat
+from tern.server.chat_plan import Asked, plan_chat, read_chat, reading_size
 from tern.server.choices import start
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.fields import read_fields
@@ -29,7 +29,7 @@ def routes(state: AppState) -> APIRouter:
         owner = owner_of(http, state.options.api_keys)
         state.check_ready()
         body = await state.read_json(http)
-        asked = await state.offload.run(body.size, _read, state, body.fields)
+        asked = await state.offload.run(reading_size(body.fields, body.size), _read, state, body.fields)
         shape = _shape(state, asked)
         plan = plan_chat(state, asked, request_id=shape.answer_id, owner=owner, arrived=arrived)
         generation = start(state, plan)
@@ -60,4 +60,5 @@ def _shape(state: AppState, asked: Asked) -> ChatShape:
         token_ids=request.return_token_ids,
         usage_at_end=request.usage_at_end,
         usage_always=request.usage_always,
+        named_call=isinstance(asked.rules.choice, tuple),
     )

@@ -5,15 +5,26 @@ Every door that chats comes through here with a `ChatRequest`; knows no form of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tern.chat import ParserState, RenderedPrompt, ResponseParser, bad_word_sequences, validate_tools
+from tern.chat import (
+    AnswerRules,
+    CompiledGrammar,
+    HeldResponseParser,
+    ParserState,
+    RenderedPrompt,
+    ResponseParser,
+    bad_word_sequences,
+    validate_tools,
+)
 from tern.engine import SamplingParams
 from tern.errors import InvalidRequestError
 from tern.server.choices import Plan
+from tern.server.offload import LARGE
 from tern.server.schemas.chat import ChatRequest
+from tern.server.schemas.structured import StructuredFields
 from tern.server.state import AppState
 
 EFFORT_TOKENS = {"none": 0, "low": 1024, "medium": 8192, "high": None}
@@ -29,6 +40,20 @@ class Asked:
     prompt: RenderedPrompt
     parser_state: ParserState
     bad_words: Sequence[tuple[int, ...]]
+    rules: AnswerRules
+    grammar: CompiledGrammar | None
+
+    @property
+    def parser(self) -> ResponseParser | HeldResponseParser:
+        """A parser for one answer."""
+        held = self.rules.form is not None and not self.rules.must_call
+        return (HeldResponseParser if held else ResponseParser)(self.request.offered_tools, start=self.parser_state)
+
+
+def reading_size(fields: Mapping[str, Any], size: int) -> int:
+    """How much work a body of `size` bytes is to read: what may need a grammar is not done on the event loop."""
+    names = (*StructuredFields.model_fields, "tools")
+    return max(size, LARGE) if any(fields.get(name) for name in names) else size
 
 
 def read_chat(state: AppState, request: ChatRequest) -> Asked:
@@ -36,9 +61,12 @@ def read_chat(state: AppState, request: ChatRequest) -> Asked:
     request.check()
     state.check_model(request.model)
     params = _sampling(state, request)
+    rules = request.answer_rules
     prompt = _render(state, request)
     assert prompt.state is not None, "a rendered chat says where its answer begins"
-    return Asked(request, params, prompt, prompt.state, bad_word_sequences(state.protocol.tokenizer, params.bad_words))
+    bad_words = bad_word_sequences(state.protocol.tokenizer, params.bad_words)
+    grammar = state.grammars.for_answer(rules, prompt.text, prompt.state)
+    return Asked(request, params, prompt, prompt.state, bad_words, rules, grammar)
 
 
 def _sampling(state: AppState, request: ChatRequest) -> SamplingParams:
@@ -76,8 +104,13 @@ def plan_chat(state: AppState, asked: Asked, *, request_id: str, owner: str | No
         prompts=[tuple(asked.prompt.token_ids)],
         params=asked.params,
         bad_words=asked.bad_words,
-        new_stream=lambda: state.protocol.text_stream(asked.params, prompt=asked.prompt),
-        new_parser=lambda: ResponseParser(tools=request.offered_tools, start=asked.parser_state),
+        new_stream=lambda: state.protocol.text_stream(
+            asked.params,
+            prompt=asked.prompt,
+            opens_response=asked.grammar is None or asked.rules.only_content,
+        ),
+        new_parser=lambda: asked.parser,
+        new_grammar=lambda: asked.grammar and asked.grammar.start(),
         arrived=arrived,
         owner=owner,
         priority=request.priority,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tern.chat import TextStream
-from tern.engine import Request, SamplingParams
+from tern.engine import Request, SamplingParams, TokenGrammar
 from tern.errors import InvalidRequestError
 from tern.server.generation import Generation
 from tern.server.sink import ChoiceSink, EventParser, Mailbox
@@ -21,7 +21,8 @@ from tern.server.state import AppState
 class Plan:
     """What a request wants generated: `params.n` choices for each prompt, in order.
 
-    `bad_words` are those of `params` as tokens. `new_stream` and `new_parser` make the text machine of one choice.
+    `bad_words` are those of `params` as tokens. `new_stream`, `new_parser` and `new_grammar` make what
+    one choice has for itself.
     `owner` is the API key that the request came with: what different owners leave in the prefix cache is kept apart.
     `priority`: lower goes first. `arrived`: when the request did, by `time.monotonic()`.
     """
@@ -36,6 +37,7 @@ class Plan:
     owner: str | None = None
     priority: int = 0
     single_call: bool = False
+    new_grammar: Callable[[], TokenGrammar | None] = lambda: None
 
 
 def start(state: AppState, plan: Plan) -> Generation:
@@ -76,6 +78,7 @@ def start(state: AppState, plan: Plan) -> Generation:
                 priority=plan.priority,
                 cache_salt=cache_salt(plan.owner),
                 choice_index=index % params.n,
+                grammar=plan.new_grammar(),
             )
         )
     return Generation(state.engine, mailbox, requests)

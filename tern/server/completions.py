@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from tern.chat import Tokenizer, bad_word_sequences
+from tern.chat import CompiledGrammar, Tokenizer, bad_word_sequences
 from tern.engine import SamplingParams
 from tern.errors import ContextLengthError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
+from tern.server.chat_plan import reading_size
 from tern.server.choices import Plan, start
 from tern.server.completion_answers import CompletionShape, stream_answer, whole_answer
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
@@ -34,7 +35,7 @@ def routes(state: AppState) -> APIRouter:
         owner = owner_of(http, state.options.api_keys)
         state.check_ready()
         body = await state.read_json(http)
-        asked = await state.offload.run(body.size, _read, state, body.fields)
+        asked = await state.offload.run(reading_size(body.fields, body.size), _read, state, body.fields)
         shape = _shape(state, asked)
         plan = Plan(
             request_id=shape.answer_id,
@@ -46,6 +47,7 @@ def routes(state: AppState) -> APIRouter:
             arrived=arrived,
             owner=owner,
             priority=asked.request.priority,
+            new_grammar=lambda: asked.grammar and asked.grammar.start(),
         )
         generation = start(state, plan)
         try:
@@ -70,6 +72,7 @@ class Asked:
     prompts: Sequence[tuple[int, ...]]
     echoes: Sequence[str]
     bad_words: Sequence[tuple[int, ...]]
+    grammar: CompiledGrammar | None
 
 
 def _read(state: AppState, fields: JsonObject) -> Asked:
@@ -83,7 +86,8 @@ def _read(state: AppState, fields: JsonObject) -> Asked:
     tokenizer = state.protocol.tokenizer
     prompts = [tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in given]
     echoes = [_text(tokenizer, prompt) if request.echo else "" for prompt in given]
-    return Asked(request, params, prompts, echoes, bad_word_sequences(tokenizer, params.bad_words))
+    grammar = state.grammars.for_text(request.answer_form())
+    return Asked(request, params, prompts, echoes, bad_word_sequences(tokenizer, params.bad_words), grammar)
 
 
 def _text(tokenizer: Tokenizer, prompt: Prompt) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fastapi import Request
 from prometheus_client import CollectorRegistry
 
-from tern.chat import ChatProtocol
+from tern.chat import ChatProtocol, GrammarCompiler
 from tern.errors import EngineUnavailableError, UnknownModelError
 from tern.server.body import Body, read_json
 from tern.server.engine_door import EngineDoor, ModelIdentity
@@ -22,7 +22,7 @@ WHICHEVER_MODEL = frozenset({"default", "null"})
 
 @dataclass(frozen=True)
 class AppState:
-    """The engine, the text protocol and the model behind a server, its options, metrics and text threads.
+    """The engine, the text protocol and the model behind a server, its options, metrics, grammars and text threads.
 
     `created` is the time, in seconds since 1970, that the model's entry in /v1/models shows.
     """
@@ -32,6 +32,7 @@ class AppState:
     model: ModelIdentity
     options: ServerOptions
     metrics: Metrics
+    grammars: GrammarCompiler
     offload: Offload = field(default_factory=Offload)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -46,7 +47,8 @@ class AppState:
     ) -> AppState:
         """The state of a new server, its metrics in `registry` (default: one of their own)."""
         metrics = Metrics(engine, CollectorRegistry() if registry is None else registry)
-        return cls(engine, protocol, model, options or ServerOptions(), metrics)
+        grammars = GrammarCompiler(protocol.tokenizer, model.generation.eos_token_ids)
+        return cls(engine, protocol, model, options or ServerOptions(), metrics, grammars)
 
     @property
     def model_name(self) -> str:

@@ -22,7 +22,7 @@ from tern.ops.cpu.machine import (
     use_machine,
 )
 from tern.ops.cpu.packed import linear_packed, mix_experts_packed, pack, swiglu_packed
-from tern.ops.cpu.sampling import can_choose, draw, largest
+from tern.ops.cpu.sampling import can_choose, draw, keep_allowed, largest
 
 __all__ = [
     "FORCE_ISA",
@@ -38,6 +38,7 @@ __all__ = [
     "draw",
     "instruction_sets",
     "largest",
+    "keep_allowed",
     "linear_packed",
     "machine",
     "mix_experts_packed",

@@ -1,7 +1,12 @@
-"""The choice of tokens through the kernels. Checks tensors, passes addresses."""
+"""The choice of tokens through the kernels. Checks tensors, passes addresses; what numpy does as fast stays with it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +27,14 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.empty(len(logits), dtype=torch.int64)
     machine().largest(as_rows(logits), peaks.data_ptr(), ids.data_ptr())
     return peaks, ids
+
+
+def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:
+    """As `tern.ops.reference_sampling.keep_allowed`."""
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
+    forbidden = torch.from_numpy(bits == 0)
+    for row, cells in zip(rows, forbidden, strict=True):
+        logits[row].masked_fill_(cells, -math.inf)
 
 
 def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:

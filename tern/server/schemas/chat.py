@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import Field
 
-from tern.errors import InvalidRequestError, UnsupportedFeatureError
+from tern.chat import AnswerRules
+from tern.errors import InvalidRequestError
 from tern.server.schemas.sampling import FLAG, WHOLE, SamplingFields
 
 EFFORTS = ("none", "low", "medium", "high")
@@ -59,16 +60,38 @@ class ChatRequest(SamplingFields):
             )
 
     def _check_tool_choice(self) -> None:
+        """Refuse a choice that is none, or that the tools leave no room for; the tools themselves are checked later."""
         choice = self.tool_choice
         if choice is None or choice in ("auto", "none"):
             return
-        if choice == "required" or isinstance(choice, dict):
-            shown = "'required'" if choice == "required" else "a named tool"
-            raise UnsupportedFeatureError(
-                f"tool_choice is {shown}, which is not supported yet: use 'auto' or 'none'.", param="tool_choice"
+        name = _chosen_name(choice)
+        if choice != "required" and name is None:
+            raise InvalidRequestError(
+                f"tool_choice is {str(choice)[:60]!r}: it must be 'auto', 'none', 'required' or "
+                "{'type': 'function', 'function': {'name': ...}}.",
+                param="tool_choice",
             )
-        raise InvalidRequestError(
-            f"tool_choice is {str(choice)[:40]!r}: it must be 'auto' or 'none'.", param="tool_choice"
+        names = [str(_function_of(tool).get("name")) for tool in self.tools or []]
+        if not names:
+            raise InvalidRequestError(
+                "tool_choice demands a call but there are no tools: send some, or leave tool_choice out.",
+                param="tool_choice",
+            )
+        if name is not None and name not in names:
+            raise InvalidRequestError(
+                f"tool_choice names {name[:64]!r}, which is none of the tools: they are {', '.join(names):.200}.",
+                param="tool_choice.function.name",
+            )
+
+    @property
+    def answer_rules(self) -> AnswerRules:
+        """What must hold of the answer. Raises what is wrong with its form."""
+        name = _chosen_name(self.tool_choice)
+        return AnswerRules(
+            form=self.answer_form(),
+            tools=self.offered_tools or (),
+            choice=("named", name) if name is not None else "required" if self.tool_choice == "required" else "auto",
+            one_call=not self.parallel_tool_calls,
         )
 
     @property
@@ -103,6 +126,19 @@ def check_template_kwargs(kwargs: Mapping[str, Any] | None) -> None:
             raise InvalidRequestError(f"{path} is not allowed: allowed are {', '.join(TEMPLATE_KWARGS)}.", param=path)
         if not isinstance(value, bool):
             raise InvalidRequestError(f"{path} is {str(value)[:40]!r}: it must be true or false.", param=path)
+
+
+def _function_of(tool: object) -> Mapping[str, Any]:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    return function if isinstance(function, Mapping) else {}
+
+
+def _chosen_name(choice: object) -> str | None:
+    """The tool that a `tool_choice` names, if it does."""
+    if not isinstance(choice, Mapping) or choice.get("type") != "function":
+        return None
+    name = _function_of(choice).get("name")
+    return name if isinstance(name, str) else None
 
 
 def _check_same(request: ChatRequest, one: str, other: str) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field
 from tern.engine import SamplingParams
 from tern.errors import InvalidRequestError
 from tern.server.schemas.fields import Schema
+from tern.server.schemas.structured import StructuredFields
 
 NUMBER = "a number"
 WHOLE = "a whole number"
@@ -33,7 +34,7 @@ class StreamOptions(Schema):
     include_obfuscation: bool = Field(False, description=FLAG)
 
 
-class SamplingFields(Schema):
+class SamplingFields(StructuredFields):
     """How tokens are chosen and when they end; vLLM's names where OpenAI has none."""
 
     model: str | None = Field(None, description=NAME)
@@ -87,7 +88,9 @@ class SamplingFields(Schema):
         given = {
             name: value
             for name in SamplingParams.__dataclass_fields__
-            if name in self.model_fields_set and (value := getattr(self, name)) is not None
+            if name in self.model_fields_set
+            and name not in StructuredFields.model_fields  # the door makes a grammar of those
+            and (value := getattr(self, name)) is not None
         }
         if self.logit_bias is not None:
             given["logit_bias"] = _token_keys(self.logit_bias)
