@@ -64,6 +64,12 @@ def serve(
     shutdown_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that running requests get on SIGTERM.")
     ] = 30.0,
+    drop_volatile_lines: Annotated[
+        bool,
+        typer.Option(
+            "--drop-volatile-lines/--keep-volatile-lines", help="Leave agents' billing lines out of system prompts."
+        ),
+    ] = True,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     reasoning_parser: Annotated[str | None, typer.Option(help="ernie_x1; always on.")] = None,
     tool_call_parser: Annotated[str | None, typer.Option(help="ernie_x1; always on.")] = None,
@@ -113,6 +119,7 @@ def serve(
         allow_public=allow_public,
         served_model_name=served_model_name,
         shutdown_timeout=shutdown_timeout,
+        drop_volatile_lines=drop_volatile_lines,
     )
     _open_and_run(model_tag or model, revision, hf_token, engine_options, server_options)
 

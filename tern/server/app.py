@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from tern.server import chat_completions, completions, health, models, tokenization, unsupported
+from tern.server import chat_completions, completions, health, messages, models, responses, tokenization
 from tern.server.errors import install_error_handlers
 from tern.server.state import AppState
 
-FAMILIES = (chat_completions, completions, models, tokenization, health, unsupported)
+FAMILIES = (chat_completions, completions, responses, messages, models, tokenization, health)
 
 
 def create_app(state: AppState) -> FastAPI:

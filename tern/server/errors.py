@@ -1,7 +1,8 @@
-"""How an exception becomes an answer in OpenAI's envelope. The only module that pairs exceptions with HTTP statuses.
+"""How an exception becomes an answer in the path's envelope. The only module that pairs exceptions with HTTP statuses.
 
 ```
 {"error": {"message": one sentence, "type": class of error, "param": the field or null, "code": a stable word or null}}
+{"type": "error", "error": {"type": class of error, "message": one sentence}}            below /v1/messages: Anthropic's
 ```
 """
 
@@ -32,12 +33,31 @@ RETRY_WHEN_UNAVAILABLE = 5
 """Seconds after which a client may ask a server again that is loading or draining."""
 
 
+ANTHROPIC_PATH = "/v1/messages"
+"""Where errors come in Anthropic's envelope: here, and below."""
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""Anthropic's word for a status; any other is `invalid_request_error` or, from 500, `api_error`."""
+
+
 class BodyTooLargeError(InvalidRequestError):
     """The request's body is longer than the server reads."""
 
 
 class AuthenticationError(TernError):
     """The request carries no key, or a wrong one."""
+
+
+class NotKeptError(TernError):
+    """The request asks for an earlier answer; none is kept."""
 
 
 class ClientGoneError(TernError):
@@ -59,13 +79,17 @@ class ErrorAnswer:
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
-    def body(self) -> dict[str, Any]:
-        """The envelope, as a JSON value."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The envelope of the errors of `path`, as a JSON value."""
+        if path == ANTHROPIC_PATH or path.startswith(ANTHROPIC_PATH + "/"):
+            other = "invalid_request_error" if self.status < 500 else "api_error"
+            kind = ANTHROPIC_TYPES.get(self.status, other)
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """The envelope as an HTTP response."""
-        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """The envelope as the HTTP response to a request for `path`."""
+        return JSONResponse(self.body(path), status_code=self.status, headers=self.headers)
 
 
 def answer_for(error: Exception) -> ErrorAnswer:
@@ -83,6 +107,8 @@ def answer_for(error: Exception) -> ErrorAnswer:
             return ErrorAnswer(401, message, "authentication_error", None, "invalid_api_key", headers)
         case UnknownModelError():
             return ErrorAnswer(404, message, "invalid_request_error", "model", "model_not_found")
+        case NotKeptError():
+            return ErrorAnswer(404, message, "invalid_request_error", None, "not_found")
         case QueueFullError():
             headers = {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
             return ErrorAnswer(429, message, "rate_limit_error", None, "queue_full", headers)
@@ -117,12 +143,12 @@ def _http_answer(error: HTTPException) -> ErrorAnswer:
 
 
 def install_error_handlers(app: FastAPI, refused: Callable[[int], None]) -> None:
-    """Make every exception of every route answer in the envelope; `refused` is told the status of each."""
+    """Make every exception of every route answer in its envelope; `refused` is told the status of each."""
 
-    async def answer(_: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
         found = answer_for(error)
         refused(found.status)
-        return found.response()
+        return found.response(request.url.path)
 
     for kind in (TernError, HTTPException):
         app.add_exception_handler(kind, answer)
@@ -154,4 +180,4 @@ class _UnexpectedErrors:
                 raise
             found = answer_for(error)
             self._refused(found.status)
-            await found.response()(scope, receive, send)
+            await found.response(scope["path"])(scope, receive, send)

@@ -16,6 +16,8 @@ Tern serves {model} here. Try:
     "messages": [{{"role": "user", "content": "Give me a short introduction to large language model."}}]}}'
 
   POST /v1/chat/completions    chat, as OpenAI's; "stream": true for server-sent events, "tools" for tool calls
+  POST /v1/responses           the same chats in OpenAI's newer form
+  POST /v1/messages            the same chats as Anthropic's; /v1/messages/count_tokens
   POST /v1/completions         plain completions
   GET  /v1/models              what is served
   POST /tokenize /detokenize   text to token ids and back

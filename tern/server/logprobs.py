@@ -29,7 +29,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Iterable[GeneratedToken], num_to
 
 
 def _entry(tokenizer: Tokenizer, candidate: TokenLogprob) -> JsonObject:
-    raw = _bytes(tokenizer, candidate.token_id)
+    raw = token_bytes(tokenizer, candidate.token_id)
     return {
         "token": token_name(tokenizer, candidate.token_id),
         "logprob": max(candidate.logprob, LOWEST),
@@ -39,14 +39,14 @@ def _entry(tokenizer: Tokenizer, candidate: TokenLogprob) -> JsonObject:
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:
     """A token as text; one that is part of a character is written `bytes:\\xe4\\xbd`, as OpenAI does."""
-    raw = _bytes(tokenizer, token_id)
+    raw = token_bytes(tokenizer, token_id)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def _bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """A token's bytes; a network may know more ids than its tokenizer, and those have none."""
     return tokenizer.token_bytes(token_id) if token_id < tokenizer.vocab_size else b""
 

@@ -21,7 +21,9 @@ class ServerOptions:
     in the API; None is the name the model was opened with. `max_body_bytes`: longest request body.
     `shutdown_timeout`: seconds that running requests get on SIGTERM. `keep_alive_seconds`: a silent stream gets an SSE
     comment this often, so that no proxy or client takes it for dead. `heartbeat_timeout`: seconds without a sign of
-    life after which /health calls the engine hung; it must be longer than the slowest step.
+    life after which /health calls the engine hung; it must be longer than the slowest step. `drop_volatile_lines`:
+    leave out lines that coding agents put before a system prompt of /v1/messages, other ones with each request, since
+    the prefix cache would find nothing behind them.
 
     Raises `OptionError` that names the option, the value and the limit.
     """
@@ -36,6 +38,7 @@ class ServerOptions:
     shutdown_timeout: float = 30.0
     keep_alive_seconds: float = 10.0
     heartbeat_timeout: float = 120.0
+    drop_volatile_lines: bool = True
 
     def __post_init__(self) -> None:
         _port("port", self.port)

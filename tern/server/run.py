@@ -138,8 +138,11 @@ class _LoadingGate:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app or answer_for(EngineUnavailableError("The model is loading: try again later.")).response()
-        await app(scope, receive, send)
+        await (self._app or _loading(scope["path"]))(scope, receive, send)
+
+
+def _loading(path: str) -> ASGIApp:
+    return answer_for(EngineUnavailableError("The model is loading: try again later.")).response(path)
 
 
 class _StoppedWhileLoadingError(BaseException):

@@ -31,8 +31,16 @@ def sse(value: JsonObject) -> bytes:
     return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def named_sse(value: JsonObject) -> bytes:
+    """A JSON value as one event of the name that its `type` gives."""
+    return b"event: " + str(value["type"]).encode() + b"\n" + sse(value)
+
+
 async def with_comments(
-    generation: Generation, chunks: Callable[[Sequence[Update]], Iterable[bytes]], silence: float
+    generation: Generation,
+    chunks: Callable[[Sequence[Update]], Iterable[bytes]],
+    silence: float,
+    comment: bytes = KEEP_ALIVE,
 ) -> AsyncIterator[bytes]:
     """The events that `chunks` makes of a generation's updates, and a comment after `silence` seconds without one."""
     said = time.monotonic()
@@ -41,7 +49,7 @@ async def with_comments(
             yield event
             said = time.monotonic()
         if not updates or time.monotonic() - said >= silence:
-            yield KEEP_ALIVE
+            yield comment
             said = time.monotonic()
 
 
@@ -73,17 +81,23 @@ async def _end(task: asyncio.Future[Any]) -> None:
 class EventStream(Response):
     """Streams the events of a submitted generation; when the client leaves, the generation is abandoned.
 
-    Status and headers go out before the first event is there. An error after that becomes an event with the usual
-    envelope, followed by the end of the stream.
+    Status and headers go out before the first event is there. An error after that becomes the events that `failure`
+    makes of it: by default one with the usual envelope, and the end of the stream.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        events: AsyncIterator[bytes],
+        failure: Callable[[Exception], Iterable[bytes]] | None = None,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._generation = generation
         self._events = events
+        self._failure = failure or _failed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Answer one ASGI request."""
@@ -105,5 +119,9 @@ class EventStream(Response):
             async for event in self._events:
                 yield event
         except Exception as error:
-            yield sse(answer_for(error).body())
-            yield DONE
+            for event in self._failure(error):
+                yield event
+
+
+def _failed(error: Exception) -> Iterable[bytes]:
+    return [sse(answer_for(error).body()), DONE]

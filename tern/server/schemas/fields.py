@@ -7,7 +7,7 @@ it is *neutral* if the one value given means what Tern does anyway; else the req
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -79,6 +79,12 @@ class Schema(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
+    ignored: ClassVar[Mapping[str, str]] = {}
+    """Fields of this family alone that cannot change the answer, as in `IGNORED`."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Fields of this family alone and the values that change nothing, as in `NEUTRAL`."""
+
 
 AnySchema = TypeVar("AnySchema", bound=Schema)
 
@@ -96,8 +102,8 @@ def read_fields(schema: type[AnySchema], body: Mapping[str, Any]) -> AnySchema:
                 kept[name] = value
         elif name == "metadata":
             _check_metadata(value)
-        elif value is not None and name not in IGNORED:
-            _check_foreign(name, value)
+        elif value is not None and name not in IGNORED and name not in schema.ignored:
+            _check_foreign(name, value, {**NEUTRAL, **schema.neutral})
     try:
         return schema.model_validate(kept)
     except ValidationError as error:
@@ -112,9 +118,9 @@ def _check_metadata(labels: Any) -> None:
             raise InvalidRequestError(f"metadata.{name} is not read: {hint}.", param=f"metadata.{name}")
 
 
-def _check_foreign(name: str, value: Any) -> None:
-    if name in NEUTRAL:
-        if any(type(value) is type(same) and value == same for same in NEUTRAL[name]):
+def _check_foreign(name: str, value: Any, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    if name in neutral:
+        if any(type(value) is type(same) and value == same for same in neutral[name]):
             return
         hint = f": {INSTEAD[name]}." if name in INSTEAD else "."
         raise UnsupportedFeatureError(f"{name} is not supported yet{hint}", param=name)
@@ -140,7 +146,7 @@ def _first_problem(schema: type[Schema], error: ValidationError) -> InvalidReque
         return InvalidRequestError(
             f"{path} is not a field of this request: leave it out.", param=path, code="unknown_field"
         )
-    return InvalidRequestError(f"{path} is {_short(problem['input'])}: it must be {described}.", param=path)
+    return InvalidRequestError(f"{path} is {short(problem['input'])}: it must be {described}.", param=path)
 
 
 def _schema_of(annotation: Any) -> type[Schema] | None:
@@ -151,6 +157,7 @@ def _schema_of(annotation: Any) -> type[Schema] | None:
     return None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as a complaint shows it."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
