@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 
+from recipes.tiny.evaluate import WEATHER_TOOL
 from tests.clients.conftest import MODEL, Served
 
 SUM: list[Any] = [{"role": "user", "content": "What is 12 + 30?"}]
 TOOL: dict[str, Any] = {
-    "name": "get_weather",
-    "description": "Get the current weather of a place",
-    "input_schema": {
-        "type": "object",
-        "properties": {"location": {"type": "string"}, "unit": {"type": "string", "enum": ["c", "f"]}},
-        "required": ["location", "unit"],
-    },
+    "name": WEATHER_TOOL["function"]["name"],
+    "description": WEATHER_TOOL["function"]["description"],
+    "input_schema": WEATHER_TOOL["function"]["parameters"],
 }
 
 
@@ -29,7 +26,7 @@ def client(served: Served) -> Iterator[Any]:
 
 
 def test_a_message_and_its_stream(client: Any) -> None:
-    ask: dict[str, Any] = {"model": MODEL, "max_tokens": 500, "messages": SUM}
+    ask: dict[str, Any] = {"model": MODEL, "max_tokens": 2000, "messages": SUM}
     thinking = {"type": "enabled", "budget_tokens": 1024}
     whole = client.messages.create(**ask, thinking=thinking, extra_body={"temperature": 0})
     assert [block.type for block in whole.content] == ["thinking", "text"]
@@ -44,7 +41,7 @@ def test_a_message_and_its_stream(client: Any) -> None:
 
 
 def test_the_loop_of_a_tool(client: Any) -> None:
-    messages: list[Any] = [{"role": "user", "content": "How is the weather in Beijing, in celsius?"}]
+    messages: list[Any] = [{"role": "user", "content": "How's the weather in Beijing today?"}]
     ask: dict[str, Any] = {"model": MODEL, "max_tokens": 500, "tools": [TOOL], "extra_body": {"temperature": 0}}
     asked = client.messages.create(**ask, messages=messages)
     assert asked.stop_reason == "tool_use"

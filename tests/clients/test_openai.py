@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.clients.conftest import MODEL, Served
 
 WEATHER: list[Any] = [{"role": "user", "content": "How's the weather in Beijing today?"}]
 
+Word = Annotated[str, Field(max_length=12)]
+"""Bounded: left to itself the embedded model repeats what it has never seen until the tokens are spent."""
+
 
 class GetWeather(BaseModel):
     """Get the current weather of a place"""
 
-    location: str
+    location: Word
     unit: Literal["c", "f"]
 
 
 class Person(BaseModel):
-    name: str
-    age: int
-    pets: list[Literal["cat", "dog"]]
+    name: Word
+    age: Annotated[int, Field(ge=0, le=150)]
+    pets: Annotated[list[Literal["cat", "dog"]], Field(max_length=3)]
 
 
 @pytest.fixture
