@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := $(VENV)/.clients
 HOST ?= 127.0.0.1
 PORT ?= 8180
 MODEL ?=
@@ -29,8 +30,14 @@ serve: setup  ## start the OpenAI-compatible server on the embedded model (or MO
 chat: setup  ## talk to the embedded model (or MODEL=...) in this terminal
 	@$(BIN)/tern chat $(MODEL)
 
-test: setup  ## run every test
+test: setup $(CLIENTS)  ## run every test
 	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist loadfile --clients tests/clients -W default
+
+$(CLIENTS): $(STAMP) tests/clients/requirements.txt
+	@echo "Installing the clients that Tern is tested with (once, about two minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --requirement tests/clients/requirements.txt
+	@touch $@
 
 lint: setup  ## check style and types
 	@$(BIN)/ruff check .

@@ -275,16 +275,14 @@ class Engine:
 
     def _check_length(self, num_prompt: int, max_tokens: int | None) -> None:
         limit = self.max_model_len
+        # These are OpenAI's words: clients look for them to tell a full context from other mistakes.
+        known = f"This model's maximum context length is {limit} tokens, prompt and answer together, but"
         if num_prompt >= limit + (max_tokens == 0):
-            raise ContextLengthError(
-                f"The prompt has {num_prompt} tokens but the model's length is {limit}, prompt and answer together: "
-                "shorten the prompt."
-            )
+            raise ContextLengthError(f"{known} the prompt has {num_prompt}: shorten the prompt.")
         if max_tokens is not None and num_prompt + max_tokens > limit:
             raise ContextLengthError(
-                f"The prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together "
-                f"{num_prompt + max_tokens}, but the model's length is {limit}: "
-                f"shorten the prompt or set max_tokens to at most {limit - num_prompt}."
+                f"{known} the prompt has {num_prompt} and max_tokens is {max_tokens}, which makes "
+                f"{num_prompt + max_tokens}: shorten the prompt or set max_tokens to at most {limit - num_prompt}."
             )
 
     def _check_choice(self, request: Request, stop_ids: frozenset[int]) -> None:

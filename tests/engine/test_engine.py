@@ -371,8 +371,8 @@ def test_what_gave_no_finite_logits_is_not_found_again() -> None:
         ([5], {"logit_bias": {VOCAB: 1.0}}, InvalidRequestError, "logit_bias"),
         ([5], {"bad_token_sequences": ((VOCAB,),)}, InvalidRequestError, "bad_words"),
         ([5], {"bad_token_sequences": ((),)}, InvalidRequestError, "bad_words"),
-        ([5] * LENGTH, {"max_tokens": None}, ContextLengthError, f"{LENGTH} tokens.*length is {LENGTH}"),
-        ([5] * 90, {"max_tokens": 7}, ContextLengthError, f"90 tokens.*is 7, together 97.*{LENGTH}.*at most 6"),
+        ([5] * LENGTH, {"max_tokens": None}, ContextLengthError, f"length is {LENGTH} tokens.*prompt has {LENGTH}"),
+        ([5] * 90, {"max_tokens": 7}, ContextLengthError, f"{LENGTH} tokens.*has 90.*is 7, which makes 97.*at most 6"),
         (
             [5],
             {"stop_token_ids": list(range(VOCAB)), "min_tokens": 1},

@@ -118,7 +118,7 @@ class ScriptedEngine:
         length = len(request.prompt_token_ids)
         wanted = request.params.max_tokens or 1
         if length + wanted > self.max_model_len:
-            raise ContextLengthError(f"The prompt has {length} tokens but the model's length is {self.max_model_len}.")
+            raise ContextLengthError(f"The context has {self.max_model_len} tokens but the prompt has {length}.")
         with self._changed:
             if self.state != "ready":
                 raise EngineUnavailableError(f"The engine is {self.state}.")
