@@ -19,7 +19,7 @@ from tern.server.chat_plan import reading_size
 from tern.server.choices import Plan, start
 from tern.server.completion_answers import CompletionShape, stream_answer, whole_answer
 from tern.server.openapi import described
-from tern.server.openapi.answers import Completion
+from tern.server.openapi.answers import Completion, CompletionEvent
 from tern.server.openapi.operations import GENERATING
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from tern.server.schemas.fields import read_fields
@@ -39,7 +39,7 @@ def routes(state: AppState) -> APIRouter:
             Completion,
             meaning="Continues plain prompts, whole or as server-sent events. There is no template: tags are text.",
             request=CompletionRequest,
-            chunk=Completion,
+            chunk=CompletionEvent,
             errors=GENERATING,
         ),
     )

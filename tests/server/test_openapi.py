@@ -23,16 +23,32 @@ from tern.server.openapi.operations import SCHEMAS
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.completion import CompletionRequest
 from tern.server.schemas.fields import IGNORED, NEUTRAL, Schema
+from tern.server.schemas.messages import CountTokensRequest, MessagesRequest, OutputOptions, ThinkingOptions
+from tern.server.schemas.responses import ReasoningOptions, ResponsesRequest, TextOptions
 from tern.server.schemas.sampling import StreamOptions
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+RESPONSE, MESSAGE, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+FUNCTION = WEATHER_TOOL["function"]
+RESPONSE_TOOL = {"type": "function", **FUNCTION}
+MESSAGE_TOOL = {
+    "name": FUNCTION["name"],
+    "description": FUNCTION["description"],
+    "input_schema": FUNCTION["parameters"],
+}
 REQUESTS: dict[str, tuple[type[Schema], dict[str, Any]]] = {
     CHAT: (ChatRequest, {"messages": USER}),
     COMPLETION: (CompletionRequest, {"prompt": "Once"}),
+    RESPONSE: (ResponsesRequest, {"input": "How is the weather?"}),
+    MESSAGE: (MessagesRequest, {"messages": USER, "max_tokens": 300}),
+    COUNT: (CountTokensRequest, {"messages": USER}),
     "/tokenize": (TokenizeRequest, {"prompt": "Once"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
 }
+NESTED = (StreamOptions, TextOptions, ReasoningOptions, ThinkingOptions, OutputOptions)
+SCHEMAS_OF_REQUESTS = [*(schema for schema, _ in REQUESTS.values()), *NESTED]
+KEPT_NOWHERE = "/v1/responses/{response_id}"
 
 
 @pytest.fixture
@@ -50,6 +66,11 @@ def validator(document: dict[str, Any], schema: dict[str, Any]) -> Draft202012Va
 def body_schema(document: dict[str, Any], path: str) -> dict[str, Any]:
     schema: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     return schema
+
+
+def unserved_fields(schema: type[Schema]) -> set[str]:
+    """Fields that are accepted, some with one value alone, without being served."""
+    return {*IGNORED, *schema.ignored, *NEUTRAL, *schema.neutral} - schema.model_fields.keys()
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -71,8 +92,9 @@ def test_every_route_says_what_it_does(described: dict[str, Any]) -> None:
         assert len(operation["description"]) > 10, path
         assert ("requestBody" in operation) == (method == "post"), path
         assert all(answer["description"] for answer in operation["responses"].values()), path
-        (form,) = operation["responses"]["200"]["content"].values() if method == "get" else [None]
-        assert form is None or form["schema"], f"{path} does not say what it answers"
+        assert ("200" in operation["responses"]) == (path != KEPT_NOWHERE), path
+        (form,) = operation["responses"]["200"]["content"].values() if "get" in method and path != KEPT_NOWHERE else [0]
+        assert form == 0 or form["schema"], f"{path} does not say what it answers"
 
 
 def test_every_route_is_described(server: Live) -> None:
@@ -83,24 +105,24 @@ def test_every_route_is_described(server: Live) -> None:
             assert route.include_in_schema
 
 
-@pytest.mark.parametrize("schema", [*(schema for schema, _ in REQUESTS.values()), StreamOptions])
+@pytest.mark.parametrize("schema", SCHEMAS_OF_REQUESTS)
 def test_every_field_says_what_it_means(schema: type[Schema]) -> None:
     missing = [name for name in schema.model_fields if about(schema.__name__, name) is None]
     assert not missing, f"describe {missing} in tern/server/openapi/fields.py"
 
 
 def test_nothing_is_described_that_no_request_has() -> None:
-    fields = {
-        name for schema in [*(schema for schema, _ in REQUESTS.values()), StreamOptions] for name in schema.model_fields
-    }
-    assert {key.split(".")[-1] for key in ABOUT} <= fields
+    fields = {name for schema in SCHEMAS_OF_REQUESTS for name in schema.model_fields}
+    fields |= {f"{schema.__name__}.{name}" for schema in SCHEMAS_OF_REQUESTS for name in schema.model_fields}
+    assert ABOUT.keys() <= fields
 
 
 @pytest.mark.parametrize("path", REQUESTS)
 def test_the_fields_described_are_those_accepted(described: dict[str, Any], path: str) -> None:
     name = body_schema(described, path)["$ref"].split("/")[-1]
     component = described["components"]["schemas"][name]
-    assert component["properties"].keys() == REQUESTS[path][0].model_fields.keys() | IGNORED.keys() | NEUTRAL.keys()
+    schema, _ = REQUESTS[path]
+    assert component["properties"].keys() == schema.model_fields.keys() | unserved_fields(schema)
     assert component["additionalProperties"] is False
 
 
@@ -130,9 +152,117 @@ PROBES: list[Any] = [
         [{"type": "x", "function": {"name": "a"}}],
     ),
 ]
-COMPANIONS: dict[str, dict[str, Any]] = {
-    "stream_options": {"stream": True},
-    "top_logprobs": {"logprobs": True},
+FORMS: list[Any] = [
+    {"type": "text", "more": None},
+    {"type": "text", "more": 1},
+    {"type": "json_object"},
+    {"type": "structural_tag"},
+    {"type": "json_schema"},
+    {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+    {"type": "json_schema", "json_schema": {"schema": {}, "name": "a", "strict": False, "description": None}},
+    {"type": "json_schema", "json_schema": {"schema": {}, "name": 5}},
+    {"type": "json_schema", "json_schema": {"schema": {}, "more": 5}},
+    {"type": "json_schema", "json_schema": {"schema": True}},
+    {"type": "json_schema", "schema": {"type": "object"}, "name": None},
+    {"type": "json_schema", "schema": {"type": "object"}, "strict": 1},
+    {"type": "json_schema", "schema": 5},
+    {"json": {"type": "object"}},
+    {"json": '{"type": "object"}', "regex": None},
+    {"json": 5},
+    {"json": {}, "regex": "x"},
+    {"regex": "[0-9]", "json_object": False, "disable_fallback": True},
+    {"regex": "[0-9]", "disable_any_whitespace": True},
+    {"regex": "[0-9]", "more": 1},
+    {"choice": ["a", "b"]},
+    {"choice": [5]},
+    {"grammar": 'start: "x"'},
+    {"json_object": True},
+    {"json_object": False},
+    ["a", "b"],
+    "[0-9]",
+    'start: "x"',
+    '{"type": "object"}',
+]
+CHOICES: list[Any] = [
+    *("required", "any"),
+    {"type": "auto"},
+    {"type": "any", "disable_parallel_tool_use": True},
+    {"type": "none", "disable_parallel_tool_use": "x"},
+    {"type": "tool", "name": "get_weather"},
+    {"type": "tool"},
+    {"type": "function", "name": "get_weather"},
+    {"type": "function", "function": {"name": "get_weather"}},
+    {"type": "function", "function": "get_weather"},
+    {"type": "function"},
+    {"type": "web_search"},
+    {"type": "allowed_tools", "tools": [{"type": "function", "name": "get_weather"}], "mode": "required"},
+    {"type": "allowed_tools", "tools": [], "mode": None},
+    {"type": "allowed_tools", "tools": [], "mode": "any"},
+    {"type": "allowed_tools", "mode": "auto"},
+]
+TOOLS: list[Any] = [
+    [RESPONSE_TOOL],
+    [MESSAGE_TOOL],
+    [{**MESSAGE_TOOL, "type": "custom"}],
+    [{"type": "custom"}],
+    [{"type": "bash_20250124", "name": "bash"}, {"type": "local_shell"}],
+    [{"name": "a b"}],
+    [{"type": "function", "name": "a b"}],
+    [{"type": "function", "name": "f", "description": 5}],
+    [{"type": "function", "name": "f", "parameters": None, "strict": None}],
+    [{}],
+]
+OPTIONS: list[Any] = [
+    {"format": {"type": "text"}, "verbosity": "medium"},
+    {"format": None, "verbosity": "low"},
+    *({"format": form} for form in FORMS if isinstance(form, dict) and "type" in form),
+    *({"effort": effort} for effort in (None, "none", "minimal", "low", "medium", "high", "xhigh", "max", "x", 5)),
+    {"summary": "auto", "generate_summary": None, "context": "all_turns"},
+    {"context": "current_turn"},
+    {"summary": 5},
+    *({"type": kind} for kind in ("enabled", "adaptive", "disabled", "between_tools", "x")),
+    {"type": "enabled", "budget_tokens": 5, "display": "omitted"},
+    {"type": "enabled", "budget_tokens": -1},
+    {"type": "adaptive", "display": "x"},
+]
+TURNS: list[Any] = [
+    [{"type": "message", "role": "developer", "content": "x"}],
+    [{"role": "tool", "content": "x"}],
+    [{"role": "user", "content": [{"type": "image"}]}],
+    [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+    [{"role": "assistant", "content": [{"type": "refusal", "refusal": "x"}]}, *USER],
+    [{"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}, {"type": "redacted_thinking"}]}, *USER],
+    [{"role": "assistant", "content": [{"type": "thinking"}]}, *USER],
+    [{"role": "assistant", "content": [{"type": "web_search_tool_result"}, {"type": "text", "text": "x"}]}, *USER],
+    [
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "is_error": True}]},
+    ],
+    [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "input": {}}]}, *USER],
+    [{"type": "reasoning", "summary": [{"text": "x"}], "content": None}, *USER],
+    [{"type": "reasoning", "content": [{"text": 5}]}, *USER],
+    [
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "x"}]},
+    ],
+    [{"type": "function_call", "call_id": "a", "arguments": "{}"}, *USER],
+    [{"type": "custom_tool_call", "call_id": "a", "name": "f", "input": "x"}, *USER],
+    [{"type": "custom_tool_call", "call_id": "a", "name": "f", "input": None}, *USER],
+    [{"type": "web_search_call", "id": "x"}, *USER],
+    [{"type": "item_reference", "id": "x"}, *USER],
+    *(["message.output_text.logprobs", "reasoning.encrypted_content"], {"run": "7"}, "disabled"),
+    [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}],
+]
+PROBES += [*FORMS, *CHOICES, *TOOLS, *OPTIONS, *TURNS]
+
+COMPANIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "stream_options": {path: {"stream": True} for path in (CHAT, COMPLETION, RESPONSE)},
+    "top_logprobs": {CHAT: {"logprobs": True}},
+    "tool_choice": {
+        CHAT: {"tools": [WEATHER_TOOL]},
+        RESPONSE: {"tools": [RESPONSE_TOOL]},
+        **{path: {"tools": [MESSAGE_TOOL]} for path in (MESSAGE, COUNT)},
+    },
 }
 """What a field cannot be given without."""
 
@@ -146,6 +276,15 @@ BEYOND = {
     "tokens": "ids may be outside of the vocabulary",
     "prompt": "ids may be outside of the vocabulary",
     "metadata": "FastDeploy's switches are no labels",
+    "input": "what an item must hold depends on those before it",
+    "system": "the model's length bounds it",
+    "instructions": "the model's length bounds it",
+    "max_output_tokens": "the model's length bounds it",
+    "thinking": "budget_tokens is for enabled alone, and below max_tokens",
+    "guided_json": "not all JSON text is a schema",
+    "guided_grammar": "not all text is a grammar",
+    "guided_choice": "at least one text",
+    "tool_choice": "what is demanded must be among the tools",
 }
 """Fields whose values can be wrong in a way that their description cannot say."""
 
@@ -158,13 +297,11 @@ def test_values_are_accepted_as_described(server: Live, described: dict[str, Any
     check = validator(described, body_schema(described, path))
     unserved = [*PROBES[:6], *PROBES[18:22], [], {}, ["text"], {"type": "text"}]
     cases = [(field, value) for field in schema.model_fields for value in PROBES]
-    cases += [
-        (field, value) for field in (*IGNORED, *NEUTRAL) if field not in schema.model_fields for value in unserved
-    ]
+    cases += [(field, value) for field in sorted(unserved_fields(schema)) for value in unserved]
 
     async def wrong() -> AsyncIterator[str]:
         for field, value in cases:
-            body = {**base, **COMPANIONS.get(field, {}), field: value}
+            body = {**base, **COMPANIONS.get(field, {}).get(path, {}), field: value}
             if path == "/tokenize" and field in ("messages", "tools"):
                 body = {"messages": USER, field: value}
             status, answer = await post(app, path, json.dumps(body).encode())
