@@ -32,6 +32,7 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 RESPONSE, MESSAGE, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
 FUNCTION = WEATHER_TOOL["function"]
 RESPONSE_TOOL = {"type": "function", **FUNCTION}
+EVERYTHING = "First.\n</think>\n\n<response>\nLook.\n</response>\n" + WEATHER_CALL.split("</think>\n\n")[1]
 MESSAGE_TOOL = {
     "name": FUNCTION["name"],
     "description": FUNCTION["description"],
@@ -283,6 +284,7 @@ BEYOND = {
     "thinking": "budget_tokens is for enabled alone, and below max_tokens",
     "guided_json": "not all JSON text is a schema",
     "guided_grammar": "not all text is a grammar",
+    "guided_regex": "not all text is a regular expression",
     "guided_choice": "at least one text",
     "tool_choice": "what is demanded must be among the tools",
 }
@@ -336,42 +338,107 @@ def test_ranges_end_where_they_are_said_to(described: dict[str, Any], path: str)
     assert tried > 20
 
 
+TOOLS_OF = {CHAT: [WEATHER_TOOL], RESPONSE: [RESPONSE_TOOL], MESSAGE: [MESSAGE_TOOL], COUNT: [MESSAGE_TOOL]}
+SHOWN = {"thinking": {"type": "enabled", "budget_tokens": 100}}
 ANSWERED: list[tuple[str, dict[str, Any]]] = [
-    (CHAT, {}),
+    *((path, {}) for path in REQUESTS),
+    *((path, {"tools": tools}) for path, tools in TOOLS_OF.items()),
     (CHAT, {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "prompt_logprobs": 1, "n": 2}),
-    (CHAT, {"tools": [WEATHER_TOOL]}),
     (CHAT, {"max_tokens": 3}),
     (CHAT, {"stop": "How"}),
     (COMPLETION, {"echo": True, "logprobs": 2, "n": 2}),
     (COMPLETION, {"return_token_ids": True, "prompt_logprobs": 1, "max_tokens": 0}),
     (COMPLETION, {"stop_token_ids": [5]}),
-    ("/tokenize", {}),
+    (RESPONSE, {"top_logprobs": 2, "instructions": "Be brief.", "metadata": {"run": "7"}}),
+    (RESPONSE, {"max_output_tokens": 3, "reasoning": {"effort": "low"}}),
+    (RESPONSE, {"max_output_tokens": 12}),
+    (RESPONSE, {"text": {"format": {"type": "json_object"}}, "tools": [RESPONSE_TOOL], "tool_choice": "auto"}),
+    (MESSAGE, SHOWN),
+    (MESSAGE, {**SHOWN, "tools": [MESSAGE_TOOL]}),
+    (MESSAGE, {"thinking": {"type": "adaptive", "display": "omitted"}}),
+    (MESSAGE, {"max_tokens": 3}),
+    (MESSAGE, {"stop_sequences": ["How"]}),
     ("/tokenize", {"return_token_strs": True}),
-    ("/detokenize", {}),
 ]
+
+
+def schema_of(response: dict[str, Any], medium: str = "application/json") -> dict[str, Any]:
+    schema: dict[str, Any] = response["content"][medium]["schema"]
+    return schema
+
+
+def events_of(server: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a streamed answer, whichever family's, and usage in all of them where there is a choice."""
+    options = (
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        if path in (CHAT, COMPLETION)
+        else {}
+    )
+    answer = server.client.post(path, json={**body, **options, "stream": True})
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 @pytest.mark.parametrize(("path", "fields"), ANSWERED)
 def test_answers_are_as_described(server: Live, described: dict[str, Any], path: str, fields: dict[str, Any]) -> None:
     responses = described["paths"][path]["post"]["responses"]
-    good = responses["200"]["content"]
     body = {**REQUESTS[path][1], **fields}
     if "tools" in fields:
         server.engine.answers.extend([WEATHER_CALL] * 2)
     validator(described, body_schema(described, path)).validate(body)
     answer = server.client.post(path, json=body)
     assert answer.status_code == 200
-    validator(described, good["application/json"]["schema"]).validate(answer.json())
+    validator(described, schema_of(responses["200"])).validate(answer.json())
     wrong = server.client.post(path, json={**body, "nonsense": 1})
-    validator(described, responses["400"]["content"]["application/json"]["schema"]).validate(wrong.json())
-    if "text/event-stream" not in good or "prompt_logprobs" in fields:
+    validator(described, schema_of(responses["400"])).validate(wrong.json())
+    if "text/event-stream" not in responses["200"]["content"] or "prompt_logprobs" in fields:
         return
-    chunk = validator(described, good["text/event-stream"]["schema"])
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = server.stream(path, **body, stream_options=options)
-    assert len(chunks) > 1
-    for each in chunks:
-        chunk.validate(each)
+    check = validator(described, schema_of(responses["200"], "text/event-stream"))
+    events = events_of(server, path, body)
+    assert len(events) > 1
+    for each in events:
+        check.validate(each)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION, RESPONSE, MESSAGE])
+def test_failures_are_as_described(server: Live, described: dict[str, Any], path: str) -> None:
+    responses = described["paths"][path]["post"]["responses"]
+    body = REQUESTS[path][1]
+    server.engine.fail_with = "The engine failed while computing this request."
+    failed = server.client.post(path, json=body)
+    assert failed.status_code == 500
+    validator(described, schema_of(responses["500"])).validate(failed.json())
+    events = events_of(server, path, body)
+    assert server.engine.fail_with in json.dumps(events[-1])
+    check = validator(described, schema_of(responses["200"], "text/event-stream"))
+    for each in events:
+        check.validate(each)
+
+
+def test_parts_of_every_kind_are_described(server: Live, described: dict[str, Any]) -> None:
+    seen: set[str] = set()
+    for path, key in ((RESPONSE, "output"), (MESSAGE, "content")):
+        server.engine.answers.extend([EVERYTHING, EVERYTHING])
+        good = described["paths"][path]["post"]["responses"]["200"]
+        body = {**REQUESTS[path][1], **(SHOWN if path == MESSAGE else {}), "tools": TOOLS_OF[path]}
+        answer = server.client.post(path, json=body).json()
+        events = events_of(server, path, body)
+        validator(described, schema_of(good)).validate(answer)
+        for event in events:
+            validator(described, schema_of(good, "text/event-stream")).validate(event)
+        seen |= {part["type"] for part in answer[key]} | {event["type"] for event in events}
+    assert seen >= {"reasoning", "message", "function_call", "thinking", "text", "tool_use"}
+    assert len(seen) == 6 + 13 + 6  # and all events but pings and those of failures and of what was cut off
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_that_nothing_is_kept_is_as_described(server: Live, described: dict[str, Any], method: str) -> None:
+    responses = described["paths"][KEPT_NOWHERE][method.lower()]["responses"]
+    assert set(responses) == {"401", "404"}
+    answer = server.client.request(method, "/v1/responses/resp_1")
+    assert answer.status_code == 404
+    validator(described, schema_of(responses["404"])).validate(answer.json())
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tern-test", "/health", "/ready", "/version"])

@@ -15,13 +15,14 @@ TOOL_NAME: Form = {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGT
 TOOL_DESCRIPTION: Form = {"type": ["string", "null"], "maxLength": MAX_DESCRIPTION_LENGTH}
 ARGUMENTS: Form = {"type": ["object", "null"], "description": "JSON Schema of an object."}
 STRICT: Form = or_null(FLAG)
+WRITTEN: Form = {"type": "string", "minLength": 1}
 SCHEMA: Form = {"type": "object", "description": "JSON Schema."}
 JSON_TEXT: Form = {"type": "string", "description": "The JSON text of a JSON Schema."}
 
 NAMED_SCHEMA: Mapping[str, Form] = {
     "name": or_null(TEXT),
     "description": or_null(TEXT),
-    "schema": SCHEMA,
+    "schema": {"type": ["object", "boolean"], "description": "JSON Schema."},
     "strict": {"type": ["boolean", "null"], "description": "Changes nothing: a schema always binds."},
 }
 """The parts of OpenAI's `json_schema`."""
@@ -40,9 +41,9 @@ def response_format(*, flat: bool) -> dict[str, Any]:
 
 _STRUCTURED: Mapping[str, Form] = {
     "json": one_of(SCHEMA, JSON_TEXT),
-    "regex": TEXT,
-    "choice": any_list(TEXT),
-    "grammar": TEXT,
+    "regex": WRITTEN,
+    "choice": {**any_list(TEXT), "minItems": 1},
+    "grammar": WRITTEN,
     "json_object": {"const": True},
 }
 _UNSET: Form = {"enum": [None, False]}
@@ -62,9 +63,9 @@ ABOUT: Mapping[str, About] = {
         one_of(*(_structured(name) for name in _STRUCTURED)),
     ),
     "guided_json": About("structured_outputs.json under its old name.", one_of(SCHEMA, JSON_TEXT)),
-    "guided_regex": About("A regular expression that the whole answer matches."),
-    "guided_choice": About("Texts of which the answer is one.", any_list(TEXT)),
-    "guided_grammar": About("The answer's grammar, Lark or GBNF."),
+    "guided_regex": About("A regular expression that the whole answer matches.", WRITTEN),
+    "guided_choice": About("Texts of which the answer is one.", _STRUCTURED["choice"]),
+    "guided_grammar": About("The answer's grammar, Lark or GBNF.", WRITTEN),
     "guided_json_object": About("Whether the answer is a JSON object."),
     "tool_choice": About(
         "auto: the model decides; none: it is shown no tools; required: it calls some; a named tool: it calls that.",
