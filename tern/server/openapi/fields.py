@@ -12,7 +12,7 @@ from tern.chat.messages import MAX_MESSAGES, MAX_TOOL_CALLS, ROLES
 from tern.chat.tools import MAX_TOOLS
 from tern.engine import sampling_params as limits
 from tern.server.openapi import fields_forms, fields_messages, fields_responses
-from tern.server.openapi.about import MAX_WHOLE, TEXT, About, between, list_of
+from tern.server.openapi.about import MAX_WHOLE, TEXT, About, Form, any_list, between, list_of, one_of, or_null, record
 from tern.server.openapi.fields_forms import ARGUMENTS, STRICT, TOOL_DESCRIPTION, TOOL_NAME
 from tern.server.schemas.chat import EFFORTS
 from tern.server.schemas.sampling import MAX_PRIORITY
@@ -30,7 +30,7 @@ _CALL = {
     "type": "object",
     "properties": {
         "id": {"type": "string", "minLength": 1},
-        "type": {"type": "string"},
+        "type": {"description": "function; not read."},
         "function": {
             "type": "object",
             "properties": {
@@ -42,21 +42,38 @@ _CALL = {
     },
     "required": ["id", "function"],
 }
-_MESSAGE = {
-    "type": "object",
-    "properties": {
-        "role": {"enum": list(ROLES)},
-        "content": {
-            "anyOf": [TEXT, {"type": "array", "items": {"anyOf": [TEXT, _PART]}}, {"type": "null"}],
-            "description": "Text or text parts; only an assistant message with a thought or calls may lack it.",
-        },
-        "reasoning_content": {"type": ["string", "null"], "description": "The thought of an assistant message."},
-        "reasoning": {"type": ["string", "null"], "description": "The same under its newer name."},
-        "tool_calls": {"anyOf": [list_of(_CALL, MAX_TOOL_CALLS), {"type": "null"}]},
-        "tool_call_id": {"description": "The call that a tool message answers."},
-        "name": {},
+_CONTENT = one_of(TEXT, any_list(one_of(TEXT, _PART)))
+_THOUGHT: Form = {"type": ["string", "null"], "description": "The thought."}
+_TURN = record(
+    {"role": {"enum": [role for role in ROLES if role not in ("assistant", "tool")]}, "content": _CONTENT},
+    ["role", "content"],
+)
+_RESULT = record(
+    {
+        "role": {"const": "tool"},
+        "content": _CONTENT,
+        "tool_call_id": {"type": "string", "minLength": 1, "description": "The call that is answered."},
     },
-    "required": ["role"],
+    ["role", "content", "tool_call_id"],
+)
+_ANSWER: Form = {
+    **record(
+        {
+            "role": {"const": "assistant"},
+            "content": or_null(_CONTENT),
+            "reasoning_content": _THOUGHT,
+            "reasoning": _THOUGHT,
+            "tool_calls": or_null(list_of(_CALL, MAX_TOOL_CALLS)),
+        },
+        ["role"],
+    ),
+    "anyOf": [
+        *(
+            record({name: {"type": ["string", "array"]}}, [name])
+            for name in ("content", "reasoning_content", "reasoning")
+        ),
+        record({"tool_calls": {"type": "array", "minItems": 1}}, ["tool_calls"]),
+    ],
 }
 _TOOL = {
     "type": "object",
@@ -76,7 +93,7 @@ _TOOL = {
     "required": ["type", "function"],
 }
 _KWARGS = {"type": "object", "properties": {"enable_thinking": {"type": "boolean"}}, "additionalProperties": False}
-_MESSAGES = About("The conversation.", list_of(_MESSAGE, MAX_MESSAGES, 1))
+_MESSAGES = About("The conversation.", list_of(one_of(_TURN, _RESULT, _ANSWER), MAX_MESSAGES, 1))
 _TOOLS = About("The functions that the model may call.", list_of(_TOOL, MAX_TOOLS))
 _TEMPLATE = About("Variables of the template; enable_thinking false answers without a thought.", _KWARGS)
 _PROBABILITIES = between(0, limits.MAX_LOGPROBS)

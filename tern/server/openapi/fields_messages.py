@@ -71,7 +71,7 @@ _CHOICE = one_of(
 _STOP: Form = {"type": "string", "minLength": 1, "maxLength": limits.MAX_STOP_LENGTH}
 
 _READ: Mapping[str, About] = {
-    "messages": About("The conversation; the last turn is not the assistant's.", any_list(_MESSAGE)),
+    "messages": About("The conversation; the last turn is not the assistant's.", {**any_list(_MESSAGE), "minItems": 1}),
     "system": About("Text, or text blocks, which become one.", one_of(TEXT, any_list(_TEXT_BLOCK))),
     "tools": About(
         "The functions that the model may call; tools of other types are not shown to it.",

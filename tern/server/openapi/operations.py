@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tern.server.openapi.about import About
 from tern.server.openapi.answers import ErrorAnswer
-from tern.server.openapi.fields import About, about
+from tern.server.openapi.fields import about
 from tern.server.schemas.fields import IGNORED, INSTEAD, NEUTRAL, Schema
 
 COMPONENT = "#/components/schemas/{model}"
