@@ -38,17 +38,18 @@ ANSWERS = (
 )
 
 BEYOND = {
-    "bad_words", "guided_choice", "guided_grammar", "guided_json", "guided_regex", "input", "logit_bias", "messages",
-    "max_tokens", "metadata", "min_tokens", "output_config", "prompt", "response_format", "stop", "stream_options",
-    "structured_outputs", "text", "thinking", "tokens", "tool_choice", "tools", "top_logprobs",
+    "bad_words", "guided_choice", "guided_grammar", "guided_json", "guided_json_object", "guided_regex", "input",
+    "logit_bias", "max_tokens", "messages", "metadata", "min_tokens", "output_config", "prompt", "response_format",
+    "stop", "stream_options", "structured_outputs", "text", "thinking", "tokens", "tool_choice", "tools",
+    "top_logprobs",
 }  # fmt: skip
 """Fields for which a request that fits the document may be refused: what they may be depends on more than a type."""
 
 
 @pytest.fixture(scope="module")
 def live(protocol: ChatProtocol) -> Iterator[Live]:
-    """A server of a model without an end, so that no request asks for too much."""
-    with serve(ScriptedEngine(protocol, max_model_len=2**40), protocol) as live:
+    """A server of a model and a queue without an end, so that no request asks for too much."""
+    with serve(ScriptedEngine(protocol, max_model_len=2**40, queue_limit=2**20), protocol) as live:
         yield live
 
 
@@ -85,9 +86,17 @@ def likely(path: str, body: dict[str, Any]) -> dict[str, Any]:
         return {**body, "messages": [*body["messages"], *USER]}
     if path == "/tokenize" and body.get("prompt") is None and body.get("messages") is None:
         return {**body, "prompt": "Once"}
-    if path == "/detokenize":
-        return {**body, "tokens": [token % 320 for token in body["tokens"]]}
+    for name in ("prompt", "tokens"):
+        if isinstance(body.get(name), list):
+            body = {**body, name: known(body[name])}
     return body
+
+
+def known(value: Any) -> Any:
+    """Token ids as some that the vocabulary has: the scripted engine does not look, which the real one does."""
+    if isinstance(value, list):
+        return [known(item) for item in value]
+    return value % 320 if isinstance(value, int) else value
 
 
 def check_answer(response: Any, described: dict[str, Any], components: dict[str, Any]) -> None:
@@ -114,11 +123,9 @@ def test_requests_that_fit_are_answered_as_described(live: Live, api: Any, path:
     statuses: Counter[int] = Counter()
     answers, streams = itertools.cycle(ANSWERS), itertools.cycle((False, True))
     refused: dict[str, str] = {}
-    excluded = [CHECKS.get_one("positive_data_acceptance")]
-    if (
-        path in STREAMING
-    ):  # it takes the form of what `data` holds, as OpenAI's own document has it, for that of an event
-        excluded.append(CHECKS.get_one("response_schema_conformance"))
+    # `refused` stands for the one; the other takes the form of what `data` holds, which OpenAI's own document gives too,
+    # for that of a whole event, so that `check_answer` does its work.
+    excluded = [CHECKS.get_one(name) for name in ("positive_data_acceptance", "response_schema_conformance")]
 
     @tried(api[path]["post"], GenerationMode.POSITIVE)
     def check(case: Any) -> None:
@@ -135,11 +142,10 @@ def test_requests_that_fit_are_answered_as_described(live: Live, api: Any, path:
             field = re.match(r"\w*", error.get("param") or error["message"])
             assert field is not None
             refused[field[0]] = error["message"]
-        elif path in STREAMING and response.status_code == 200:
+        elif response.status_code == 200:
             check_answer(response, described, api.raw_schema["components"])
 
     check()
-    print("SEEN", path, statuses, refused)
     assert refused.keys() <= BEYOND, refused
     assert statuses.keys() <= {200, 400, 404}
     assert statuses[200] > 3, f"{path} was not tried with what it accepts: {refused}"
@@ -155,8 +161,7 @@ def test_requests_that_do_not_fit_are_refused_as_described(api: Any, path: str) 
         statuses[response.status_code] += 1
 
     check()
-    print("SEEN", path, statuses)
-    assert statuses.keys() == {400}
+    assert {400} <= statuses.keys() <= {400, 404}
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,12 @@ _STRUCTURED: Mapping[str, Form] = {
     "grammar": WRITTEN,
     "json_object": {"const": True},
 }
-_UNSET: Form = {"enum": [None, False]}
+_SWITCHES = ("json_object", "disable_any_whitespace", "disable_additional_properties")
 
 
 def _structured(name: str) -> dict[str, Any]:
     """vLLM's object with this form in it and no other."""
-    others = dict.fromkeys([*_STRUCTURED, "disable_any_whitespace", "disable_additional_properties"], _UNSET)
+    others: dict[str, Form] = {switch: {"enum": [None, False]} for switch in _SWITCHES}
     return record({**others, "disable_fallback": {}, name: _STRUCTURED[name]}, [name], closed=True)
 
 
