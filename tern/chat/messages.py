@@ -115,14 +115,11 @@ def _assistant(raw: Mapping[str, Any], path: str, open_calls: set[str]) -> Messa
 
 def _reasoning(raw: Mapping[str, Any], path: str) -> str | None:
     """The thought, under its older or its newer name."""
-    for key in ("reasoning_content", "reasoning"):
-        value = raw.get(key)
-        if value is None:
-            continue
+    given = {key: raw[key] for key in ("reasoning_content", "reasoning") if raw.get(key) is not None}
+    for key, value in given.items():
         if not isinstance(value, str):
             raise InvalidRequestError(f"{path}.{key} is {_kind(value)}: it must be text.", param=f"{path}.{key}")
-        return value
-    return None
+    return next(iter(given.values()), None)
 
 
 def _content(raw: Mapping[str, Any], path: str) -> str | None:

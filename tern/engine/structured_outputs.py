@@ -25,7 +25,9 @@ class StructuredOutputsParams:
 
     def __post_init__(self) -> None:
         names = [each.name for each in fields(self)]
-        given = [name for name in names if getattr(self, name) is not None and getattr(self, name) is not False]
+        given = [name for name in names if getattr(self, name) is not None]
+        if self.json_object is False:
+            given.remove("json_object")
         if len(given) != 1:
             raise InvalidRequestError(
                 f"structured_outputs has {' and '.join(given) or 'nothing'}: give exactly one of {', '.join(names)}.",

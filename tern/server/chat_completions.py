@@ -15,7 +15,7 @@ from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
 from tern.server.chat_plan import Asked, plan_chat, read_chat, reading_size
 from tern.server.choices import start
 from tern.server.openapi import described
-from tern.server.openapi.answers import ChatCompletion, ChatCompletionChunk
+from tern.server.openapi.answers import ChatCompletion, ChatCompletionEvent
 from tern.server.openapi.operations import GENERATING
 from tern.server.progress import json_size
 from tern.server.schemas.chat import ChatRequest
@@ -36,7 +36,7 @@ def routes(state: AppState) -> APIRouter:
             ChatCompletion,
             meaning="Answers a conversation, whole or as server-sent events: thought, answer and tool calls apart.",
             request=ChatRequest,
-            chunk=ChatCompletionChunk,
+            chunk=ChatCompletionEvent,
             errors=GENERATING,
         ),
     )

@@ -12,14 +12,14 @@ from fastapi.responses import JSONResponse, Response
 
 from tern.chat import CompiledGrammar, Tokenizer, bad_word_sequences
 from tern.engine import SamplingParams
-from tern.errors import ContextLengthError
+from tern.errors import ContextLengthError, InvalidRequestError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.chat_plan import reading_size
 from tern.server.choices import Plan, start
 from tern.server.completion_answers import CompletionShape, stream_answer, whole_answer
 from tern.server.openapi import described
-from tern.server.openapi.answers import Completion
+from tern.server.openapi.answers import Completion, CompletionEvent
 from tern.server.openapi.operations import GENERATING
 from tern.server.progress import json_size
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
@@ -40,7 +40,7 @@ def routes(state: AppState) -> APIRouter:
             Completion,
             meaning="Continues plain prompts, whole or as server-sent events. There is no template: tags are text.",
             request=CompletionRequest,
-            chunk=Completion,
+            chunk=CompletionEvent,
             errors=GENERATING,
         ),
     )
@@ -106,7 +106,10 @@ def _read(state: AppState, fields: JsonObject) -> Asked:
             for prompt in given
         ]
     prompts = [tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in given]
-    echoes = [_text(tokenizer, prompt) if request.echo else "" for prompt in given]
+    try:
+        echoes = [_text(tokenizer, prompt) if request.echo else "" for prompt in given]
+    except InvalidRequestError as error:  # an id outside the vocabulary
+        raise InvalidRequestError(str(error), param="prompt") from None
     grammar = state.grammars.for_text(request.answer_form())
     return Asked(request, params, prompts, echoes, bad_word_sequences(tokenizer, params.bad_words), grammar)
 

@@ -17,6 +17,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tern.errors import (
@@ -46,6 +47,9 @@ ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 """Anthropic's word for a status; any other is `invalid_request_error` or, from 500, `api_error`."""
+
+
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 
 class BodyTooLargeError(InvalidRequestError):
@@ -175,12 +179,21 @@ def install_error_handlers(app: FastAPI, refused: Callable[[int], None]) -> None
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         found = answer_for(error)
+        if found.status == 405:
+            found.headers["Allow"] = _methods_of(request)
         refused(found.status)
         return found.response(request.url.path)
 
     for kind in (TernError, HTTPException):
         app.add_exception_handler(kind, answer)
     app.add_middleware(_UnexpectedErrors, refused=refused)
+
+
+def _methods_of(request: Request) -> str:
+    """The methods that the request's path answers; the router names only those of the first route that has the path."""
+    tried = [{**request.scope, "method": method} for method in METHODS]
+    fitting = [scope for scope in tried if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)]
+    return ", ".join(scope["method"] for scope in fitting)
 
 
 class _UnexpectedErrors:

@@ -152,12 +152,12 @@ def _choice(choice: Mapping[str, Any] | None, tools: Toolbox) -> JsonObject:
     if single not in (None, True, False):
         name = "tool_choice.disable_parallel_tool_use"
         raise InvalidRequestError(f"{name} is {short(single)}: it must be true or false.", param=name)
-    if kind != "tool" and kind not in CHOICES:
+    if not isinstance(kind, str) or kind not in (*CHOICES, "tool"):
         raise InvalidRequestError(
             f"tool_choice.type is {short(kind)}: it must be one of {', '.join(CHOICES)}, tool.",
             param="tool_choice.type",
         )
-    chosen = tools.choice(choice.get("name")) if kind == "tool" else CHOICES[str(kind)]
+    chosen = tools.choice(choice.get("name")) if kind == "tool" else CHOICES[kind]
     return {"tool_choice": chosen, "parallel_tool_calls": not single}
 
 

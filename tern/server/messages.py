@@ -15,6 +15,9 @@ from tern.server.chat_plan import Asked, plan_chat, reading_size
 from tern.server.delivery import deliver
 from tern.server.message_answers import MessageForm, MessageWriter
 from tern.server.message_input import as_chat
+from tern.server.openapi import described
+from tern.server.openapi.answers_messages import CountedTokens, Message, MessageError, MessageEvent
+from tern.server.openapi.operations import GENERATING, READING
 from tern.server.schemas.fields import read_fields
 from tern.server.schemas.messages import CountTokensRequest, MessagesRequest
 from tern.server.state import AppState
@@ -25,7 +28,18 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes."""
     router = APIRouter()
 
-    @router.post("/v1/messages")
+    @router.post(
+        "/v1/messages",
+        **described(
+            "Answer a conversation in blocks",
+            Message,
+            meaning="Anthropic's form of a chat, whole or as named server-sent events.",
+            request=MessagesRequest,
+            chunk=MessageEvent,
+            errors=GENERATING,
+            failure=MessageError,
+        ),
+    )
     async def create_message(http: Request) -> Response:
         arrived = time.monotonic()
         owner = owner_of(http, state.options.api_keys)
@@ -45,7 +59,17 @@ def routes(state: AppState) -> APIRouter:
         except ContextLengthError:
             raise _too_long(state, asked) from None
 
-    @router.post("/v1/messages/count_tokens")
+    @router.post(
+        "/v1/messages/count_tokens",
+        **described(
+            "Count a conversation's tokens",
+            CountedTokens,
+            meaning="How many tokens the engine would read, exactly.",
+            request=CountTokensRequest,
+            errors=READING,
+            failure=MessageError,
+        ),
+    )
     async def count_tokens(http: Request) -> Response:
         owner_of(http, state.options.api_keys)
         body = await state.read_json(http)

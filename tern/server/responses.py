@@ -13,6 +13,9 @@ from tern.server.body import JsonObject
 from tern.server.chat_plan import Asked, plan_chat, reading_size
 from tern.server.delivery import deliver
 from tern.server.errors import NotKeptError
+from tern.server.openapi import described
+from tern.server.openapi.answers_responses import ResponseAnswer, ResponseEvent
+from tern.server.openapi.operations import GENERATING
 from tern.server.response_answers import ResponseForm, ResponseWriter
 from tern.server.response_input import as_chat
 from tern.server.schemas.fields import read_fields
@@ -25,7 +28,17 @@ def routes(state: AppState) -> APIRouter:
     """The family's routes."""
     router = APIRouter()
 
-    @router.post("/v1/responses")
+    @router.post(
+        "/v1/responses",
+        **described(
+            "Answer a conversation in items",
+            ResponseAnswer,
+            meaning="OpenAI's newer form of a chat, whole or as named server-sent events; answers are not kept.",
+            request=ResponsesRequest,
+            chunk=ResponseEvent,
+            errors=GENERATING,
+        ),
+    )
     async def create_response(http: Request) -> Response:
         arrived = time.monotonic()
         owner = owner_of(http, state.options.api_keys)
@@ -43,8 +56,10 @@ def routes(state: AppState) -> APIRouter:
         plan = plan_chat(state, asked, request_id=form.answer_id, owner=owner, arrived=arrived)
         return await deliver(state, http, plan, chat, ResponseWriter(form), stream=request.stream)
 
-    @router.get("/v1/responses/{response_id}")
-    @router.delete("/v1/responses/{response_id}")
+    nothing = described("Find a response", meaning="Always 404: answers are not kept.", errors=(401, 404), only=404)
+
+    @router.get("/v1/responses/{response_id}", **nothing)
+    @router.delete("/v1/responses/{response_id}", **nothing)
     async def find_response(http: Request, response_id: str) -> Response:
         owner_of(http, state.options.api_keys)
         raise NotKeptError(f"There is no response {response_id[:100]!r}: {KEPT_NOWHERE}.")

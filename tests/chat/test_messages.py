@@ -81,6 +81,7 @@ def test_a_whole_tool_loop():
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "messages[0].content[0].text", "null"),
         ([{"role": "assistant"}], "messages[0].content", "needs content, reasoning_content or tool_calls"),
         ([{"role": "assistant", "content": "a", "reasoning": 1}], "messages[0].reasoning", "a number"),
+        ([{"role": "assistant", "reasoning_content": "a", "reasoning": 1}], "messages[0].reasoning", "a number"),
         ([{"role": "assistant", "tool_calls": "f"}], "messages[0].tool_calls", "text"),
         ([asking(*[call()] * 129)], "messages[0].tool_calls", "129 entries"),
         ([asking("f")], "messages[0].tool_calls[0]", "no function call"),

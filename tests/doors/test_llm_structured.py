@@ -120,7 +120,15 @@ def test_strict_tools(llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     "form",
-    [{}, {"json": {}, "regex": "a"}, {"json": 3}, {"regex": 3}, {"choice": "ab"}, {"json_object": False}],
+    [
+        {},
+        {"json": {}, "regex": "a"},
+        {"json": 3},
+        {"regex": 3},
+        {"choice": "ab"},
+        {"json_object": False},
+        {"regex": False, "json": {}},
+    ],
     ids=str,
 )
 def test_a_form_is_exactly_one_thing(form: dict[str, Any]) -> None:

@@ -23,16 +23,33 @@ from tern.server.openapi.operations import SCHEMAS
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.completion import CompletionRequest
 from tern.server.schemas.fields import IGNORED, NEUTRAL, Schema
+from tern.server.schemas.messages import CountTokensRequest, MessagesRequest, OutputOptions, ThinkingOptions
+from tern.server.schemas.responses import ReasoningOptions, ResponsesRequest, TextOptions
 from tern.server.schemas.sampling import StreamOptions
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+RESPONSE, MESSAGE, COUNT = "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"
+FUNCTION = WEATHER_TOOL["function"]
+RESPONSE_TOOL = {"type": "function", **FUNCTION}
+EVERYTHING = "First.\n</think>\n\n<response>\nLook.\n</response>\n" + WEATHER_CALL.split("</think>\n\n")[1]
+MESSAGE_TOOL = {
+    "name": FUNCTION["name"],
+    "description": FUNCTION["description"],
+    "input_schema": FUNCTION["parameters"],
+}
 REQUESTS: dict[str, tuple[type[Schema], dict[str, Any]]] = {
     CHAT: (ChatRequest, {"messages": USER}),
     COMPLETION: (CompletionRequest, {"prompt": "Once"}),
+    RESPONSE: (ResponsesRequest, {"input": "How is the weather?"}),
+    MESSAGE: (MessagesRequest, {"messages": USER, "max_tokens": 300}),
+    COUNT: (CountTokensRequest, {"messages": USER}),
     "/tokenize": (TokenizeRequest, {"prompt": "Once"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
 }
+NESTED = (StreamOptions, TextOptions, ReasoningOptions, ThinkingOptions, OutputOptions)
+SCHEMAS_OF_REQUESTS = [*(schema for schema, _ in REQUESTS.values()), *NESTED]
+KEPT_NOWHERE = "/v1/responses/{response_id}"
 
 
 @pytest.fixture
@@ -50,6 +67,11 @@ def validator(document: dict[str, Any], schema: dict[str, Any]) -> Draft202012Va
 def body_schema(document: dict[str, Any], path: str) -> dict[str, Any]:
     schema: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     return schema
+
+
+def unserved_fields(schema: type[Schema]) -> set[str]:
+    """Fields that are accepted, some with one value alone, without being served."""
+    return {*IGNORED, *schema.ignored, *NEUTRAL, *schema.neutral} - schema.model_fields.keys()
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -71,8 +93,9 @@ def test_every_route_says_what_it_does(described: dict[str, Any]) -> None:
         assert len(operation["description"]) > 10, path
         assert ("requestBody" in operation) == (method == "post"), path
         assert all(answer["description"] for answer in operation["responses"].values()), path
-        (form,) = operation["responses"]["200"]["content"].values() if method == "get" else [None]
-        assert form is None or form["schema"], f"{path} does not say what it answers"
+        assert ("200" in operation["responses"]) == (path != KEPT_NOWHERE), path
+        (form,) = operation["responses"]["200"]["content"].values() if "get" in method and path != KEPT_NOWHERE else [0]
+        assert form == 0 or form["schema"], f"{path} does not say what it answers"
 
 
 def test_every_route_is_described(server: Live) -> None:
@@ -83,24 +106,24 @@ def test_every_route_is_described(server: Live) -> None:
             assert route.include_in_schema
 
 
-@pytest.mark.parametrize("schema", [*(schema for schema, _ in REQUESTS.values()), StreamOptions])
+@pytest.mark.parametrize("schema", SCHEMAS_OF_REQUESTS)
 def test_every_field_says_what_it_means(schema: type[Schema]) -> None:
     missing = [name for name in schema.model_fields if about(schema.__name__, name) is None]
     assert not missing, f"describe {missing} in tern/server/openapi/fields.py"
 
 
 def test_nothing_is_described_that_no_request_has() -> None:
-    fields = {
-        name for schema in [*(schema for schema, _ in REQUESTS.values()), StreamOptions] for name in schema.model_fields
-    }
-    assert {key.split(".")[-1] for key in ABOUT} <= fields
+    fields = {name for schema in SCHEMAS_OF_REQUESTS for name in schema.model_fields}
+    fields |= {f"{schema.__name__}.{name}" for schema in SCHEMAS_OF_REQUESTS for name in schema.model_fields}
+    assert ABOUT.keys() <= fields
 
 
 @pytest.mark.parametrize("path", REQUESTS)
 def test_the_fields_described_are_those_accepted(described: dict[str, Any], path: str) -> None:
     name = body_schema(described, path)["$ref"].split("/")[-1]
     component = described["components"]["schemas"][name]
-    assert component["properties"].keys() == REQUESTS[path][0].model_fields.keys() | IGNORED.keys() | NEUTRAL.keys()
+    schema, _ = REQUESTS[path]
+    assert component["properties"].keys() == schema.model_fields.keys() | unserved_fields(schema)
     assert component["additionalProperties"] is False
 
 
@@ -130,9 +153,117 @@ PROBES: list[Any] = [
         [{"type": "x", "function": {"name": "a"}}],
     ),
 ]
-COMPANIONS: dict[str, dict[str, Any]] = {
-    "stream_options": {"stream": True},
-    "top_logprobs": {"logprobs": True},
+FORMS: list[Any] = [
+    {"type": "text", "more": None},
+    {"type": "text", "more": 1},
+    {"type": "json_object"},
+    {"type": "structural_tag"},
+    {"type": "json_schema"},
+    {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+    {"type": "json_schema", "json_schema": {"schema": {}, "name": "a", "strict": False, "description": None}},
+    {"type": "json_schema", "json_schema": {"schema": {}, "name": 5}},
+    {"type": "json_schema", "json_schema": {"schema": {}, "more": 5}},
+    {"type": "json_schema", "json_schema": {"schema": True}},
+    {"type": "json_schema", "schema": {"type": "object"}, "name": None},
+    {"type": "json_schema", "schema": {"type": "object"}, "strict": 1},
+    {"type": "json_schema", "schema": 5},
+    {"json": {"type": "object"}},
+    {"json": '{"type": "object"}', "regex": None},
+    {"json": 5},
+    {"json": {}, "regex": "x"},
+    {"regex": "[0-9]", "json_object": False, "disable_fallback": True},
+    {"regex": "[0-9]", "disable_any_whitespace": True},
+    {"regex": "[0-9]", "more": 1},
+    {"choice": ["a", "b"]},
+    {"choice": [5]},
+    {"grammar": 'start: "x"'},
+    {"json_object": True},
+    {"json_object": False},
+    ["a", "b"],
+    "[0-9]",
+    'start: "x"',
+    '{"type": "object"}',
+]
+CHOICES: list[Any] = [
+    *("required", "any"),
+    {"type": "auto"},
+    {"type": "any", "disable_parallel_tool_use": True},
+    {"type": "none", "disable_parallel_tool_use": "x"},
+    {"type": "tool", "name": "get_weather"},
+    {"type": "tool"},
+    {"type": "function", "name": "get_weather"},
+    {"type": "function", "function": {"name": "get_weather"}},
+    {"type": "function", "function": "get_weather"},
+    {"type": "function"},
+    {"type": "web_search"},
+    {"type": "allowed_tools", "tools": [{"type": "function", "name": "get_weather"}], "mode": "required"},
+    {"type": "allowed_tools", "tools": [], "mode": None},
+    {"type": "allowed_tools", "tools": [], "mode": "any"},
+    {"type": "allowed_tools", "mode": "auto"},
+]
+TOOLS: list[Any] = [
+    [RESPONSE_TOOL],
+    [MESSAGE_TOOL],
+    [{**MESSAGE_TOOL, "type": "custom"}],
+    [{"type": "custom"}],
+    [{"type": "bash_20250124", "name": "bash"}, {"type": "local_shell"}],
+    [{"name": "a b"}],
+    [{"type": "function", "name": "a b"}],
+    [{"type": "function", "name": "f", "description": 5}],
+    [{"type": "function", "name": "f", "parameters": None, "strict": None}],
+    [{}],
+]
+OPTIONS: list[Any] = [
+    {"format": {"type": "text"}, "verbosity": "medium"},
+    {"format": None, "verbosity": "low"},
+    *({"format": form} for form in FORMS if isinstance(form, dict) and "type" in form),
+    *({"effort": effort} for effort in (None, "none", "minimal", "low", "medium", "high", "xhigh", "max", "x", 5)),
+    {"summary": "auto", "generate_summary": None, "context": "all_turns"},
+    {"context": "current_turn"},
+    {"summary": 5},
+    *({"type": kind} for kind in ("enabled", "adaptive", "disabled", "between_tools", "x")),
+    {"type": "enabled", "budget_tokens": 5, "display": "omitted"},
+    {"type": "enabled", "budget_tokens": -1},
+    {"type": "adaptive", "display": "x"},
+]
+TURNS: list[Any] = [
+    [{"type": "message", "role": "developer", "content": "x"}],
+    [{"role": "tool", "content": "x"}],
+    [{"role": "user", "content": [{"type": "image"}]}],
+    [{"role": "user", "content": [{"type": "text", "text": 5}]}],
+    [{"role": "assistant", "content": [{"type": "refusal", "refusal": "x"}]}, *USER],
+    [{"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}, {"type": "redacted_thinking"}]}, *USER],
+    [{"role": "assistant", "content": [{"type": "thinking"}]}, *USER],
+    [{"role": "assistant", "content": [{"type": "web_search_tool_result"}, {"type": "text", "text": "x"}]}, *USER],
+    [
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "is_error": True}]},
+    ],
+    [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "input": {}}]}, *USER],
+    [{"type": "reasoning", "summary": [{"text": "x"}], "content": None}, *USER],
+    [{"type": "reasoning", "content": [{"text": 5}]}, *USER],
+    [
+        {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_text", "text": "x"}]},
+    ],
+    [{"type": "function_call", "call_id": "a", "arguments": "{}"}, *USER],
+    [{"type": "custom_tool_call", "call_id": "a", "name": "f", "input": "x"}, *USER],
+    [{"type": "custom_tool_call", "call_id": "a", "name": "f", "input": None}, *USER],
+    [{"type": "web_search_call", "id": "x"}, *USER],
+    [{"type": "item_reference", "id": "x"}, *USER],
+    *(["message.output_text.logprobs", "reasoning.encrypted_content"], {"run": "7"}, "disabled"),
+    [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}],
+]
+PROBES += [*FORMS, *CHOICES, *TOOLS, *OPTIONS, *TURNS]
+
+COMPANIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "stream_options": {path: {"stream": True} for path in (CHAT, COMPLETION, RESPONSE)},
+    "top_logprobs": {CHAT: {"logprobs": True}},
+    "tool_choice": {
+        CHAT: {"tools": [WEATHER_TOOL]},
+        RESPONSE: {"tools": [RESPONSE_TOOL]},
+        **{path: {"tools": [MESSAGE_TOOL]} for path in (MESSAGE, COUNT)},
+    },
 }
 """What a field cannot be given without."""
 
@@ -146,6 +277,16 @@ BEYOND = {
     "tokens": "ids may be outside of the vocabulary",
     "prompt": "ids may be outside of the vocabulary",
     "metadata": "FastDeploy's switches are no labels",
+    "input": "what an item must hold depends on those before it",
+    "system": "the model's length bounds it",
+    "instructions": "the model's length bounds it",
+    "max_output_tokens": "the model's length bounds it",
+    "thinking": "budget_tokens is for enabled alone, and below max_tokens",
+    "guided_json": "not all JSON text is a schema",
+    "guided_grammar": "not all text is a grammar",
+    "guided_regex": "not all text is a regular expression",
+    "guided_choice": "at least one text",
+    "tool_choice": "what is demanded must be among the tools",
 }
 """Fields whose values can be wrong in a way that their description cannot say."""
 
@@ -158,13 +299,11 @@ def test_values_are_accepted_as_described(server: Live, described: dict[str, Any
     check = validator(described, body_schema(described, path))
     unserved = [*PROBES[:6], *PROBES[18:22], [], {}, ["text"], {"type": "text"}]
     cases = [(field, value) for field in schema.model_fields for value in PROBES]
-    cases += [
-        (field, value) for field in (*IGNORED, *NEUTRAL) if field not in schema.model_fields for value in unserved
-    ]
+    cases += [(field, value) for field in sorted(unserved_fields(schema)) for value in unserved]
 
     async def wrong() -> AsyncIterator[str]:
         for field, value in cases:
-            body = {**base, **COMPANIONS.get(field, {}), field: value}
+            body = {**base, **COMPANIONS.get(field, {}).get(path, {}), field: value}
             if path == "/tokenize" and field in ("messages", "tools"):
                 body = {"messages": USER, field: value}
             status, answer = await post(app, path, json.dumps(body).encode())
@@ -199,42 +338,107 @@ def test_ranges_end_where_they_are_said_to(described: dict[str, Any], path: str)
     assert tried > 20
 
 
+TOOLS_OF = {CHAT: [WEATHER_TOOL], RESPONSE: [RESPONSE_TOOL], MESSAGE: [MESSAGE_TOOL], COUNT: [MESSAGE_TOOL]}
+SHOWN = {"thinking": {"type": "enabled", "budget_tokens": 100}}
 ANSWERED: list[tuple[str, dict[str, Any]]] = [
-    (CHAT, {}),
+    *((path, {}) for path in REQUESTS),
+    *((path, {"tools": tools}) for path, tools in TOOLS_OF.items()),
     (CHAT, {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "prompt_logprobs": 1, "n": 2}),
-    (CHAT, {"tools": [WEATHER_TOOL]}),
     (CHAT, {"max_tokens": 3}),
     (CHAT, {"stop": "How"}),
     (COMPLETION, {"echo": True, "logprobs": 2, "n": 2}),
     (COMPLETION, {"return_token_ids": True, "prompt_logprobs": 1, "max_tokens": 0}),
     (COMPLETION, {"stop_token_ids": [5]}),
-    ("/tokenize", {}),
+    (RESPONSE, {"top_logprobs": 2, "instructions": "Be brief.", "metadata": {"run": "7"}}),
+    (RESPONSE, {"max_output_tokens": 3, "reasoning": {"effort": "low"}}),
+    (RESPONSE, {"max_output_tokens": 12}),
+    (RESPONSE, {"text": {"format": {"type": "json_object"}}, "tools": [RESPONSE_TOOL], "tool_choice": "auto"}),
+    (MESSAGE, SHOWN),
+    (MESSAGE, {**SHOWN, "tools": [MESSAGE_TOOL]}),
+    (MESSAGE, {"thinking": {"type": "adaptive", "display": "omitted"}}),
+    (MESSAGE, {"max_tokens": 3}),
+    (MESSAGE, {"stop_sequences": ["How"]}),
     ("/tokenize", {"return_token_strs": True}),
-    ("/detokenize", {}),
 ]
+
+
+def schema_of(response: dict[str, Any], medium: str = "application/json") -> dict[str, Any]:
+    schema: dict[str, Any] = response["content"][medium]["schema"]
+    return schema
+
+
+def events_of(server: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a streamed answer, whichever family's, and usage in all of them where there is a choice."""
+    options = (
+        {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        if path in (CHAT, COMPLETION)
+        else {}
+    )
+    answer = server.client.post(path, json={**body, **options, "stream": True})
+    assert answer.status_code == 200, answer.text
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 @pytest.mark.parametrize(("path", "fields"), ANSWERED)
 def test_answers_are_as_described(server: Live, described: dict[str, Any], path: str, fields: dict[str, Any]) -> None:
     responses = described["paths"][path]["post"]["responses"]
-    good = responses["200"]["content"]
     body = {**REQUESTS[path][1], **fields}
     if "tools" in fields:
         server.engine.answers.extend([WEATHER_CALL] * 2)
     validator(described, body_schema(described, path)).validate(body)
     answer = server.client.post(path, json=body)
     assert answer.status_code == 200
-    validator(described, good["application/json"]["schema"]).validate(answer.json())
+    validator(described, schema_of(responses["200"])).validate(answer.json())
     wrong = server.client.post(path, json={**body, "nonsense": 1})
-    validator(described, responses["400"]["content"]["application/json"]["schema"]).validate(wrong.json())
-    if "text/event-stream" not in good or "prompt_logprobs" in fields:
+    validator(described, schema_of(responses["400"])).validate(wrong.json())
+    if "text/event-stream" not in responses["200"]["content"] or "prompt_logprobs" in fields:
         return
-    chunk = validator(described, good["text/event-stream"]["schema"])
-    options = {"include_usage": True, "continuous_usage_stats": True}
-    chunks = server.stream(path, **body, stream_options=options)
-    assert len(chunks) > 1
-    for each in chunks:
-        chunk.validate(each)
+    check = validator(described, schema_of(responses["200"], "text/event-stream"))
+    events = events_of(server, path, body)
+    assert len(events) > 1
+    for each in events:
+        check.validate(each)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETION, RESPONSE, MESSAGE])
+def test_failures_are_as_described(server: Live, described: dict[str, Any], path: str) -> None:
+    responses = described["paths"][path]["post"]["responses"]
+    body = REQUESTS[path][1]
+    server.engine.fail_with = "The engine failed while computing this request."
+    failed = server.client.post(path, json=body)
+    assert failed.status_code == 500
+    validator(described, schema_of(responses["500"])).validate(failed.json())
+    events = events_of(server, path, body)
+    assert server.engine.fail_with in json.dumps(events[-1])
+    check = validator(described, schema_of(responses["200"], "text/event-stream"))
+    for each in events:
+        check.validate(each)
+
+
+def test_parts_of_every_kind_are_described(server: Live, described: dict[str, Any]) -> None:
+    seen: set[str] = set()
+    for path, key in ((RESPONSE, "output"), (MESSAGE, "content")):
+        server.engine.answers.extend([EVERYTHING, EVERYTHING])
+        good = described["paths"][path]["post"]["responses"]["200"]
+        body = {**REQUESTS[path][1], **(SHOWN if path == MESSAGE else {}), "tools": TOOLS_OF[path]}
+        answer = server.client.post(path, json=body).json()
+        events = events_of(server, path, body)
+        validator(described, schema_of(good)).validate(answer)
+        for event in events:
+            validator(described, schema_of(good, "text/event-stream")).validate(event)
+        seen |= {part["type"] for part in answer[key]} | {event["type"] for event in events}
+    assert seen >= {"reasoning", "message", "function_call", "thinking", "text", "tool_use"}
+    assert len(seen) == 6 + 13 + 6  # and all events but pings and those of failures and of what was cut off
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_that_nothing_is_kept_is_as_described(server: Live, described: dict[str, Any], method: str) -> None:
+    responses = described["paths"][KEPT_NOWHERE][method.lower()]["responses"]
+    assert set(responses) == {"401", "404"}
+    answer = server.client.request(method, "/v1/responses/resp_1")
+    assert answer.status_code == 404
+    validator(described, schema_of(responses["404"])).validate(answer.json())
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tern-test", "/health", "/ready", "/version"])

@@ -428,6 +428,7 @@ def one(block: Any, role: str = "user") -> list[Any]:
         ({"tools": [{"type": "bash_20250124", "name": "bash"}, BAD_SCHEMA]}, "tools[1].input_schema.type"),
         ({"tool_choice": {"type": "tool", "name": "bash"}}, "tool_choice"),
         ({"tool_choice": {"type": "sometimes"}}, "tool_choice.type"),
+        ({"tool_choice": {"type": {}}}, "tool_choice.type"),
         ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": 1.5}}, "tool_choice.disable_parallel_tool_use"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type"),

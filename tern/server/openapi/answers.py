@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 
 class Answer(BaseModel):
@@ -187,6 +187,10 @@ class ChatCompletionChunk(Answer):
     prompt_token_ids: list[int] | None = None
 
 
+class ChatCompletionEvent(RootModel[ChatCompletionChunk | ErrorAnswer]):
+    """One event of a streamed chat; an error is the last before `[DONE]`."""
+
+
 class LegacyLogprobs(Answer):
     """Lists with one entry a token; the first token of an echoed prompt has no score."""
 
@@ -218,6 +222,10 @@ class Completion(Answer):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+
+
+class CompletionEvent(RootModel[Completion | ErrorAnswer]):
+    """One event of a streamed completion; an error is the last before `[DONE]`."""
 
 
 class ModelPermission(Answer):

@@ -10,7 +10,10 @@ from fastapi.openapi.utils import get_openapi
 from tern import __version__
 from tern.server.openapi.operations import SCHEMAS
 
-ABOUT = "ERNIE-4.5 behind OpenAI's API, with the additions of vLLM and FastDeploy."
+ABOUT = (
+    "ERNIE-4.5 behind OpenAI's and Anthropic's APIs, with the additions of vLLM and FastDeploy. "
+    "Whole numbers are written without a fraction: 1.0 is none."
+)
 KEY = {"type": "http", "scheme": "bearer", "description": "One of the keys that the server was started with, if any."}
 
 

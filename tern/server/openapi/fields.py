@@ -7,49 +7,30 @@ requests themselves (`tern.server.schemas`), ranges from `SamplingParams`; a tes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
 from tern.chat.messages import MAX_MESSAGES, MAX_TOOL_CALLS, ROLES
-from tern.chat.tools import MAX_DESCRIPTION_LENGTH, MAX_NAME_LENGTH, MAX_TOOLS
+from tern.chat.tools import MAX_TOOLS
 from tern.engine import sampling_params as limits
+from tern.server.openapi import fields_forms, fields_messages, fields_responses
+from tern.server.openapi.about import MAX_WHOLE, TEXT, About, Form, any_list, between, list_of, one_of, or_null, record
+from tern.server.openapi.fields_forms import ARGUMENTS, STRICT, TOOL_DESCRIPTION, TOOL_NAME
 from tern.server.schemas.chat import EFFORTS
 from tern.server.schemas.sampling import MAX_PRIORITY
 
-MAX_WHOLE = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class About:
-    """The meaning of a field, and JSON Schema keywords that narrow its type."""
-
-    meaning: str
-    narrowed: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _between(low: float, high: float) -> dict[str, Any]:
-    return {"minimum": low, "maximum": high}
-
-
-def _list(items: Mapping[str, Any], most: int, least: int = 0) -> dict[str, Any]:
-    return {"type": "array", "items": items, "maxItems": most, **({"minItems": least} if least else {})}
-
-
-_TEXT = {"type": "string"}
-_TOKEN = {"type": "integer", **_between(0, MAX_WHOLE)}
+_TOKEN = {"type": "integer", **between(0, MAX_WHOLE)}
 _IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 _STOP = {"type": "string", "minLength": 1, "maxLength": limits.MAX_STOP_LENGTH}
 
 _PART = {
     "type": "object",
-    "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": _TEXT},
+    "properties": {"type": {"enum": ["text", "input_text", "output_text"]}, "text": TEXT},
     "required": ["type", "text"],
 }
 _CALL = {
     "type": "object",
     "properties": {
         "id": {"type": "string", "minLength": 1},
-        "type": {"type": "string"},
+        "type": {"description": "function; not read."},
         "function": {
             "type": "object",
             "properties": {
@@ -61,21 +42,38 @@ _CALL = {
     },
     "required": ["id", "function"],
 }
-_MESSAGE = {
-    "type": "object",
-    "properties": {
-        "role": {"enum": list(ROLES)},
-        "content": {
-            "anyOf": [_TEXT, {"type": "array", "items": {"anyOf": [_TEXT, _PART]}}, {"type": "null"}],
-            "description": "Text or text parts; only an assistant message with a thought or calls may lack it.",
-        },
-        "reasoning_content": {"type": ["string", "null"], "description": "The thought of an assistant message."},
-        "reasoning": {"type": ["string", "null"], "description": "The same under its newer name."},
-        "tool_calls": {"anyOf": [_list(_CALL, MAX_TOOL_CALLS), {"type": "null"}]},
-        "tool_call_id": {"description": "The call that a tool message answers."},
-        "name": {},
+_CONTENT = one_of(TEXT, any_list(one_of(TEXT, _PART)))
+_THOUGHT: Form = {"type": ["string", "null"], "description": "The thought."}
+_TURN = record(
+    {"role": {"enum": [role for role in ROLES if role not in ("assistant", "tool")]}, "content": _CONTENT},
+    ["role", "content"],
+)
+_RESULT = record(
+    {
+        "role": {"const": "tool"},
+        "content": _CONTENT,
+        "tool_call_id": {"type": "string", "minLength": 1, "description": "The call that is answered."},
     },
-    "required": ["role"],
+    ["role", "content", "tool_call_id"],
+)
+_ANSWER: Form = {
+    **record(
+        {
+            "role": {"const": "assistant"},
+            "content": or_null(_CONTENT),
+            "reasoning_content": _THOUGHT,
+            "reasoning": _THOUGHT,
+            "tool_calls": or_null(list_of(_CALL, MAX_TOOL_CALLS)),
+        },
+        ["role"],
+    ),
+    "anyOf": [
+        *(
+            record({name: {"type": ["string", "array"]}}, [name])
+            for name in ("content", "reasoning_content", "reasoning")
+        ),
+        record({"tool_calls": {"type": "array", "minItems": 1}}, ["tool_calls"]),
+    ],
 }
 _TOOL = {
     "type": "object",
@@ -84,23 +82,26 @@ _TOOL = {
         "function": {
             "type": "object",
             "properties": {
-                "name": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH},
-                "description": {"type": ["string", "null"], "maxLength": MAX_DESCRIPTION_LENGTH},
-                "parameters": {"type": ["object", "null"], "description": "JSON Schema of an object."},
-                "strict": {"type": ["boolean", "null"]},
+                "name": TOOL_NAME,
+                "description": TOOL_DESCRIPTION,
+                "parameters": ARGUMENTS,
+                "strict": STRICT,
             },
             "required": ["name"],
         },
     },
-    "required": ["function"],
+    "required": ["type", "function"],
 }
 _KWARGS = {"type": "object", "properties": {"enable_thinking": {"type": "boolean"}}, "additionalProperties": False}
-_MESSAGES = About("The conversation.", _list(_MESSAGE, MAX_MESSAGES, 1))
-_TOOLS = About("The functions that the model may call.", _list(_TOOL, MAX_TOOLS))
+_MESSAGES = About("The conversation.", list_of(one_of(_TURN, _RESULT, _ANSWER), MAX_MESSAGES, 1))
+_TOOLS = About("The functions that the model may call.", list_of(_TOOL, MAX_TOOLS))
 _TEMPLATE = About("Variables of the template; enable_thinking false answers without a thought.", _KWARGS)
-_PROBABILITIES = _between(0, limits.MAX_LOGPROBS)
+_PROBABILITIES = between(0, limits.MAX_LOGPROBS)
 
 ABOUT: Mapping[str, About] = {
+    **fields_forms.ABOUT,
+    **fields_responses.ABOUT,
+    **fields_messages.ABOUT,
     "messages": _MESSAGES,
     "tools": _TOOLS,
     "chat_template_kwargs": _TEMPLATE,
@@ -110,55 +111,50 @@ ABOUT: Mapping[str, About] = {
     "include_usage": About("End the stream with a chunk of usage."),
     "continuous_usage_stats": About("With include_usage: usage so far in every chunk."),
     "include_obfuscation": About("Accepted; changes nothing."),
-    "n": About("Choices for each prompt.", _between(1, limits.MAX_CHOICES)),
-    "max_tokens": About(
-        "Most tokens to generate, thought included; by default as many as fit.", _between(1, MAX_WHOLE)
-    ),
-    "max_completion_tokens": About("The newer name of max_tokens.", _between(1, MAX_WHOLE)),
+    "n": About("Choices for each prompt.", between(1, limits.MAX_CHOICES)),
+    "max_tokens": About("Most tokens to generate, thought included; by default as many as fit.", between(1, MAX_WHOLE)),
+    "max_completion_tokens": About("The newer name of max_tokens.", between(1, MAX_WHOLE)),
     "CompletionRequest.max_tokens": About(
-        "Most tokens to generate, 16 by default; 0 with echo or prompt_logprobs generates none.", _between(0, MAX_WHOLE)
+        "Most tokens to generate, 16 by default; 0 with echo or prompt_logprobs generates none.", between(0, MAX_WHOLE)
     ),
-    "temperature": About("0 always takes the likeliest token; default: the checkpoint's own.", _between(0, 10)),
+    "temperature": About("0 always takes the likeliest token; default: the checkpoint's own.", between(0, 10)),
     "top_p": About("Share of the probability to draw from.", {"exclusiveMinimum": 0, "maximum": 1}),
-    "top_k": About("Likeliest tokens to draw from; -1 and 0 are all.", _between(-1, MAX_WHOLE)),
-    "min_p": About("Least probability, as a share of the likeliest token's.", _between(0, 1)),
-    "frequency_penalty": About("Lowers tokens by how often they were written.", _between(-2, 2)),
-    "presence_penalty": About("Lowers tokens that were written.", _between(-2, 2)),
+    "top_k": About("Likeliest tokens to draw from; -1 and 0 are all.", between(-1, MAX_WHOLE)),
+    "min_p": About("Least probability, as a share of the likeliest token's.", between(0, 1)),
+    "frequency_penalty": About("Lowers tokens by how often they were written.", between(-2, 2)),
+    "presence_penalty": About("Lowers tokens that were written.", between(-2, 2)),
     "repetition_penalty": About(
-        "Divides the scores of tokens of prompt and answer.", _between(limits.MIN_REPETITION_PENALTY, 10)
+        "Divides the scores of tokens of prompt and answer.", between(limits.MIN_REPETITION_PENALTY, 10)
     ),
     "logit_bias": About(
         "What is added to the scores of tokens, by id.",
         {
-            "additionalProperties": {"type": "number", **_between(-100, 100)},
+            "additionalProperties": {"type": "number", **between(-100, 100)},
             "propertyNames": {"pattern": "^[0-9]{1,10}$"},
             "maxProperties": limits.MAX_BIASED_TOKENS,
         },
     ),
-    "bad_words": About("Texts never to write.", _list({"type": "string", "minLength": 1}, limits.MAX_BAD_WORDS)),
-    "allowed_token_ids": About("The only tokens that may be chosen.", _list(_TOKEN, limits.MAX_ALLOWED_TOKENS)),
+    "bad_words": About("Texts never to write.", list_of({"type": "string", "minLength": 1}, limits.MAX_BAD_WORDS)),
+    "allowed_token_ids": About("The only tokens that may be chosen.", list_of(_TOKEN, limits.MAX_ALLOWED_TOKENS)),
     "seed": About(
         "The same request with the same seed gives the same answer.",
-        _between(limits.SEED_RANGE[0], limits.SEED_RANGE[1]),
+        between(limits.SEED_RANGE[0], limits.SEED_RANGE[1]),
     ),
     "stop": About(
         "Texts that end the answer; in a chat they count only behind the thought.",
-        {"anyOf": [_STOP, _list(_STOP, limits.MAX_STOP_STRINGS)]},
+        {"anyOf": [_STOP, list_of(_STOP, limits.MAX_STOP_STRINGS)]},
     ),
-    "stop_token_ids": About("Tokens that end the answer.", _list(_TOKEN, limits.MAX_STOP_TOKENS)),
+    "stop_token_ids": About("Tokens that end the answer.", list_of(_TOKEN, limits.MAX_STOP_TOKENS)),
     "include_stop_str_in_output": About("Whether what ended the answer stands in it."),
     "ignore_eos": About("Go on past the model's end token."),
-    "min_tokens": About("No end before so many tokens; at most max_tokens.", _between(0, MAX_WHOLE)),
+    "min_tokens": About("No end before so many tokens; at most max_tokens.", between(0, MAX_WHOLE)),
     "skip_special_tokens": About("Leave control tokens out of the text."),
-    "priority": About("Lower goes first.", _between(-MAX_PRIORITY, MAX_PRIORITY)),
+    "priority": About("Lower goes first.", between(-MAX_PRIORITY, MAX_PRIORITY)),
     "return_token_ids": About("Add prompt_token_ids and each choice's token_ids."),
     "return_tokens_as_token_ids": About("Log-probabilities call tokens token_id:123."),
     "prompt_logprobs": About(
         "Add each prompt token's log-probability and those of so many likeliest tokens; not in a stream.",
         _PROBABILITIES,
-    ),
-    "tool_choice": About(
-        "auto: the model decides; none: it is shown no tools.", {"anyOf": [{"enum": ["auto", "none"]}]}
     ),
     "parallel_tool_calls": About("False ends the answer behind its first call."),
     "logprobs": About("Add the log-probability of every sampled token."),
@@ -167,16 +163,16 @@ ABOUT: Mapping[str, About] = {
     "reasoning_effort": About(
         "none: no thought; low and medium bound it to 1024 and 8192 tokens; high does not.", {"enum": list(EFFORTS)}
     ),
-    "reasoning_max_tokens": About("The longest thought in tokens; then it is closed.", _between(0, MAX_WHOLE)),
-    "thinking_budget": About("Another name of reasoning_max_tokens.", _between(0, MAX_WHOLE)),
+    "reasoning_max_tokens": About("The longest thought in tokens; then it is closed.", between(0, MAX_WHOLE)),
+    "thinking_budget": About("Another name of reasoning_max_tokens.", between(0, MAX_WHOLE)),
     "prompt": About(
         "What to continue: text, token ids, or a list of either; at most 1024 prompts times n.",
         {
             "anyOf": [
                 {"type": "string", "minLength": 1},
                 _IDS,
-                _list({"type": "string", "minLength": 1}, 1024, 1),
-                _list(_IDS, 1024, 1),
+                list_of({"type": "string", "minLength": 1}, 1024, 1),
+                list_of(_IDS, 1024, 1),
             ]
         },
     ),

@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tern.server.openapi.about import About
 from tern.server.openapi.answers import ErrorAnswer
-from tern.server.openapi.fields import About, about
+from tern.server.openapi.fields import about
 from tern.server.schemas.fields import IGNORED, INSTEAD, NEUTRAL, Schema
 
 COMPONENT = "#/components/schemas/{model}"
@@ -23,7 +24,7 @@ SCHEMAS = "x-schemas"
 ERRORS: Mapping[int, str] = {
     400: "A field is wrong, unknown or not served; the error names it.",
     401: "No API key, or a wrong one, where the server asks for one.",
-    404: "There is no such model.",
+    404: "There is no such model, or no such answer.",
     413: "The body is longer than the server reads.",
     429: "The queue is full; Retry-After says when to come back, in seconds.",
     500: "A fault of the server; its log has the details.",
@@ -43,12 +44,15 @@ def described(
     request: type[Schema] | None = None,
     chunk: type[BaseModel] | None = None,
     errors: Sequence[int] = (),
+    failure: type[BaseModel] = ErrorAnswer,
     also: Sequence[int] = (),
+    only: int | None = None,
 ) -> dict[str, Any]:
     """Keywords for a route's decorator.
 
     `answer` is the form of its JSON, None where it answers text; `chunk` that of an event if it streams. `request` is
-    the schema of its body. `errors` are the statuses of error answers, `also` those that answer like 200.
+    the schema of its body. `errors` are the statuses of error answers, which have the form `failure`, `also` those that
+    answer like 200; with `only` no request is answered like 200, and that one of the errors is the usual answer.
     """
     schemas: dict[str, Any] = {}
     content: dict[str, Any] = {}
@@ -59,8 +63,8 @@ def described(
     good: dict[str, Any] = {"description": (answer.__doc__ or "").strip() if answer else "Text."}
     if content:
         good["content"] = content
-    failure = {"application/json": _used(answer_schemas(ErrorAnswer), ErrorAnswer.__name__, schemas)}
-    failures = {status: {"description": ERRORS[status], "content": failure} for status in sorted(errors)}
+    failed = {"application/json": _used(answer_schemas(failure), failure.__name__, schemas)}
+    failures = {status: {"description": ERRORS[status], "content": failed} for status in sorted(errors)}
     same = {status: {**good, "description": "The same, when it is not so."} for status in also}
     extra: dict[str, Any] = {SCHEMAS: schemas}
     if 401 in errors:
@@ -71,7 +75,8 @@ def described(
     return {
         "summary": summary,
         "description": meaning,
-        "responses": {200: good, **same, **failures},
+        "responses": {**({200: good} if only is None else {}), **same, **failures},
+        "status_code": only,
         "openapi_extra": extra,
     }
 
@@ -95,11 +100,12 @@ def request_schemas(schema: type[Schema]) -> dict[str, Any]:
         required = nested.get("required", ())
         for field, found in nested["properties"].items():
             told = about(name, field) or About(found["description"])
-            nullable = nested is made and field not in required  # further in, null is a value like any other
+            # Further in, null is a value like any other.
+            nullable = field not in required if nested is made else {"type": "null"} in found.get("anyOf", ())
             nested["properties"][field] = _field(found, told, nullable=nullable)
-    for name, why in IGNORED.items():
+    for name, why in {**IGNORED, **schema.ignored}.items():
         made["properties"].setdefault(name, {"description": f"Ignored: {why}."})
-    for name, values in NEUTRAL.items():
+    for name, values in {**NEUTRAL, **schema.neutral}.items():
         hint = f": {INSTEAD[name]}" if name in INSTEAD else ""
         only = {"enum": [*values, None], "description": f"Served with this value alone{hint}."}
         made["properties"].setdefault(name, only)
