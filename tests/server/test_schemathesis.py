@@ -27,7 +27,16 @@ from tern.chat import ChatProtocol
 MANY = os.environ.get("TERN_SCHEMATHESIS")
 STREAMING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 POSTS = (*STREAMING, "/v1/messages/count_tokens", "/tokenize", "/detokenize")
-GETS = ("/", "/health", "/ready", "/version", "/metrics", "/v1/models", "/v1/models/{model_id}")
+GETS = (
+    "/",
+    "/health",
+    "/ready",
+    "/version",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/{model_id}",
+    "/page/{digest}/{name}",
+)
 KEPT_NOWHERE = "/v1/responses/{response_id}"
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 ANSWERS = (
@@ -123,8 +132,8 @@ def test_requests_that_fit_are_answered_as_described(live: Live, api: Any, path:
     statuses: Counter[int] = Counter()
     answers, streams = itertools.cycle(ANSWERS), itertools.cycle((False, True))
     refused: dict[str, str] = {}
-    # `refused` stands for the one; the other takes the form of what `data` holds, which OpenAI's own document gives too,
-    # for that of a whole event, so that `check_answer` does its work.
+    # `refused` stands for the one; the other takes the form of what `data` holds, which OpenAI's own document gives,
+    # for that of a whole event: `check_answer` does its work.
     excluded = [CHECKS.get_one(name) for name in ("positive_data_acceptance", "response_schema_conformance")]
 
     @tried(api[path]["post"], GenerationMode.POSITIVE)
@@ -179,7 +188,7 @@ def test_other_methods_are_refused(live: Live, api: Any) -> None:
     for path in (*POSTS, *GETS, KEPT_NOWHERE):
         described = {method.upper() for method in api[path]}
         for method in set(METHODS) - described:
-            answer = live.client.request(method, re.sub("{.*}", "x", path), json={})
+            answer = live.client.request(method, re.sub("{[^}]*}", "x", path), json={})
             assert answer.status_code == 405, (method, path)
             assert set(answer.headers["allow"].split(", ")) == described, path
             assert "method" in answer.json()["error"]["message"]
