@@ -159,8 +159,11 @@ def test_no_more_than_so_many_lines_are_open_at_once(app: FastAPI, engine: Scrip
         nonlocal most
         submit(request)
         most = max(most, engine.num_open)
+        if most == 3:
+            engine.gate.set()
 
     engine.submit = watch  # type: ignore[method-assign]
+    engine.gate.clear()  # until there are so many, none is done
     run(app, tmp_path / "out", raw(*(line(str(number)) for number in range(12))), concurrency=3)
     assert most == 3
 
