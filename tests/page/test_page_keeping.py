@@ -105,6 +105,7 @@ def test_export_as_markdown_and_json_and_import(chat: Chat, opened: Opened, tmp_
     assert [message["role"] for message in kept["messages"]] == ["user", "assistant", "tool", "assistant"]
 
     other = opened()
+    expect(other.page.locator("#model")).to_have_text("tern-test")  # or its script may not listen yet
     other.page.locator("#import-file").set_input_files(exported)
     expect(other.page.locator("#conversations .open")).to_have_text("Six times seven?")
     expect(other.page.locator(".call-result")).to_contain_text("42")

@@ -55,7 +55,7 @@ def run(app: FastAPI, path: Path, lines: list[bytes], concurrency: int = 2) -> t
 
 
 def test_every_post_below_v1_is_served(app: FastAPI) -> None:
-    assert {CHAT, "/v1/completions"} <= batch_urls(app)
+    assert batch_urls(app) >= {CHAT, "/v1/completions", "/v1/responses", "/v1/messages"}
     assert not {"/tokenize", "/v1/models"} & batch_urls(app)
 
 
@@ -77,6 +77,23 @@ def test_answers_are_those_of_the_routes(app: FastAPI, tmp_path: Path) -> None:
     usages = [chat["body"]["usage"], plain["body"]["usage"]]
     assert tally.prompt_tokens == sum(usage["prompt_tokens"] for usage in usages)
     assert tally.completion_tokens == sum(usage["completion_tokens"] for usage in usages)
+
+
+def test_answers_of_the_newer_families_are_counted_too(app: FastAPI, tmp_path: Path) -> None:
+    response = line("a", "/v1/responses", body={"input": "How is the weather?"})
+    message = line("b", "/v1/messages", body={"messages": USER, "max_tokens": 300})
+    wrong = line("c", "/v1/messages", body={"messages": USER})
+    tally, written = run(app, tmp_path / "out", raw(response, message, wrong))
+    found = {each["custom_id"]: each["response"] for each in written}
+    assert [found[name]["status_code"] for name in "abc"] == [200, 200, 400]
+    assert found["a"]["body"]["output"][-1]["content"][0]["text"] == "Hello, 你好!\n\nHow are you?"
+    assert found["b"]["body"]["content"][0]["text"] == "Hello, 你好!\n\nHow are you?"
+    assert [found[name]["request_id"] == found[name]["body"]["id"] for name in "ab"] == [True, True]
+    usages = [found[name]["body"]["usage"] for name in "ab"]
+    # Anthropic's input tokens are those that were not found in the prefix cache.
+    read = sum(usage["input_tokens"] for usage in usages) + usages[1]["cache_read_input_tokens"]
+    assert tally.prompt_tokens == read
+    assert tally.completion_tokens == sum(usage["output_tokens"] for usage in usages)
 
 
 @pytest.mark.parametrize(

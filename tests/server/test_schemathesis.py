@@ -47,7 +47,8 @@ ANSWERS = (
 )
 
 BEYOND = {
-    "bad_words", "guided_choice", "guided_grammar", "guided_json", "guided_json_object", "guided_regex", "input",
+    "add_special_tokens", "bad_words", "guided_choice", "guided_grammar", "guided_json", "guided_json_object",
+    "guided_regex", "input",
     "logit_bias", "max_tokens", "messages", "metadata", "min_tokens", "output_config", "prompt", "response_format",
     "stop", "stream_options", "structured_outputs", "text", "thinking", "tokens", "tool_choice", "tools",
     "top_logprobs",
@@ -132,8 +133,8 @@ def test_requests_that_fit_are_answered_as_described(live: Live, api: Any, path:
     statuses: Counter[int] = Counter()
     answers, streams = itertools.cycle(ANSWERS), itertools.cycle((False, True))
     refused: dict[str, str] = {}
-    # `refused` stands for the one; the other takes the form of what `data` holds, which OpenAI's own document gives,
-    # for that of a whole event: `check_answer` does its work.
+    # `refused` stands for the one; the other takes the form of what `data` holds, which is what OpenAI's own document
+    # gives too, for that of a whole event, so that `check_answer` does its work.
     excluded = [CHECKS.get_one(name) for name in ("positive_data_acceptance", "response_schema_conformance")]
 
     @tried(api[path]["post"], GenerationMode.POSITIVE)

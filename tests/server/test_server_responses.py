@@ -401,6 +401,8 @@ BAD_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": "banana"}}
         ({"max_tokens": 5}, "max_tokens"),
         ({"n": 2}, "n"),
         ({"return_token_ids": True}, "return_token_ids"),
+        ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
         ({"temperature": -1}, "temperature"),
         ({"top_logprobs": 21}, "top_logprobs"),
         ({"include": ["thoughts"]}, "include"),

@@ -28,9 +28,10 @@ class Tally:
     completion_tokens: int = 0
 
     def add(self, body: JsonObject) -> None:
-        """Count the tokens of one answer, under OpenAI's older or newer names."""
+        """Count the tokens of one answer, under OpenAI's older or newer names, or Anthropic's, where hits are apart."""
         usage = body.get("usage") or {}
         self.prompt_tokens += usage.get("prompt_tokens", usage.get("input_tokens", 0))
+        self.prompt_tokens += usage.get("cache_read_input_tokens", 0)
         self.completion_tokens += usage.get("completion_tokens", usage.get("output_tokens", 0))
 
 

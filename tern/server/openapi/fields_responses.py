@@ -118,8 +118,12 @@ _FIELDS: Mapping[str, About] = {
     "stream_options": About("Accepted; changes nothing, the last event always has the usage."),
     "max_tokens": _elsewhere("write max_output_tokens"),
     "n": _elsewhere("send the request several times", {"const": 1}),
+    "prompt_logprobs": _elsewhere("ask /v1/chat/completions for scores of a prompt"),
     "response_format": _elsewhere("write text.format"),
-    "return_token_ids": _elsewhere("ask /v1/chat/completions for token ids", {"const": False}),
+    **dict.fromkeys(
+        ("return_token_ids", "return_tokens_as_token_ids"),
+        _elsewhere("ask /v1/chat/completions for token ids", {"const": False}),
+    ),
 }
 _NESTED: Mapping[str, About] = {
     "TextOptions.format": About("text, json_object, or json_schema with the schema.", response_format(flat=True)),

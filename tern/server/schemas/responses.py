@@ -30,8 +30,10 @@ EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}
 ELSEWHERE: Mapping[str, str] = {
     "max_tokens": "write max_output_tokens",
     "n": "send the request several times",
+    "prompt_logprobs": "ask /v1/chat/completions for scores of a prompt",
     "response_format": "write text.format",
     "return_token_ids": "ask /v1/chat/completions for token ids",
+    "return_tokens_as_token_ids": "ask /v1/chat/completions for token ids",
 }
 """Fields that other families have."""
 
