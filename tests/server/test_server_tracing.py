@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,9 @@ class Traced:
         self._exporter.clear()
         body = {"messages": USER, **fields} if path == CHAT else fields
         self.live.client.post(path, json=body, headers=headers)
-        self.live.client.get("/health")  # once this is answered, the request before has ended
+        deadline = time.monotonic() + 30
+        while not self._exporter.get_finished_spans() and time.monotonic() < deadline:
+            time.sleep(0.001)  # a stream's last event comes before the request has ended
         (span,) = self._exporter.get_finished_spans()
         return span
 
