@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from tern.engine.sampling_params import SamplingParams
     from tern.engine.service import EngineService, ServiceState
-    from tern.engine.stats import EngineFacts, EngineStats
+    from tern.engine.stats import EngineFacts, EngineStats, PromptProgress
     from tern.engine.structured_outputs import StructuredOutputsParams
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "FinishReason",
     "GeneratedToken",
     "Milestones",
+    "PromptProgress",
     "PromptSink",
     "Request",
     "SamplingParams",
@@ -58,6 +59,7 @@ _HOMES = {
     "EngineFacts": "stats",
     "EngineStats": "stats",
     "EngineOptions": "options",
+    "PromptProgress": "stats",
     "SamplingParams": "sampling_params",
     "EngineService": "service",
     "ServiceState": "service",

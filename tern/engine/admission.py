@@ -54,6 +54,10 @@ class Admission:
         self._ended *= _KEPT_ENDED
         self._seconds = self._seconds * _KEPT_ENDED + seconds
 
+    def reading_seconds(self, tokens: int) -> float | None:
+        """How long so many prompt tokens take to read; None while that is not known."""
+        return tokens * self._read_seconds / self._read_tokens if self._read_tokens > 1e-6 else None
+
     def ended(self) -> None:
         """Note that a request has ended, and another may take its place."""
         self._ended += 1

@@ -18,8 +18,8 @@ from enum import StrEnum
 
 from tern.engine.engine import Engine
 from tern.engine.request import FinishReason, Request
-from tern.engine.sequence import Sequence
-from tern.engine.stats import EngineFacts, EngineStats
+from tern.engine.sequence import Sequence, SequenceStatus
+from tern.engine.stats import EngineFacts, EngineStats, PromptProgress
 from tern.errors import EngineUnavailableError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,16 @@ class EngineService:
             num_blocks=engine.pool.num_blocks,
             prefix_caching=engine.pool.caching,
         )
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """How far a request's prompt has been read, at most one step ago; None once it has been, or if unknown."""
+        sequence = self._engine.sequences.get(request_id)
+        if sequence is None or sequence.num_generated_tokens:
+            return None
+        read, total = sequence.num_computed_tokens, sequence.num_prompt_tokens
+        waiting = sequence.status is SequenceStatus.WAITING
+        left = None if waiting else self._engine.admission.reading_seconds(total - read)
+        return PromptProgress(read, total, waiting, left)
 
     def heartbeat_age(self) -> float:
         """Seconds since the engine's thread last began a step, or woke for nothing: large when it hangs or is dead."""

@@ -55,6 +55,16 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
+class PromptProgress:
+    """How far a prompt has been read. `seconds_left` is None while it waits in the queue or speeds are not known."""
+
+    read_tokens: int
+    prompt_tokens: int
+    waiting: bool
+    seconds_left: float | None
+
+
+@dataclass(frozen=True)
 class EngineFacts:
     """What stays the same while an engine lives.
 

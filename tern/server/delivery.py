@@ -26,8 +26,8 @@ class AnswerWriter(Protocol):
     """The form of one answer: either `whole` is called once, or the others, in the order in which they stand here."""
 
     @property
-    def keep_alive(self) -> bytes:
-        """What is sent when nothing has been for a while."""
+    def silent(self) -> bytes | None:
+        """What is sent when nothing has been for a while; None is a comment."""
 
     def whole(self, updates: Sequence[Update]) -> JsonObject:
         """The answer that does not stream, from all updates."""
@@ -68,7 +68,7 @@ def _written(writer: AnswerWriter, updates: Sequence[Update]) -> Response:
 async def _events(writer: AnswerWriter, generation: Generation, silence: float) -> AsyncIterator[bytes]:
     for event in writer.opening():
         yield event
-    async for event in with_comments(generation, writer.chunks, silence, writer.keep_alive):
+    async for event in with_comments(generation, writer.chunks, silence, writer.silent):
         yield event
     for event in writer.closing():
         yield event

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from tern.engine import EngineFacts, EngineStats, Request
+    from tern.engine import EngineFacts, EngineStats, PromptProgress, Request
 
 
 class EngineDoor(Protocol):
@@ -45,6 +45,9 @@ class EngineDoor(Protocol):
 
     def facts(self) -> EngineFacts:
         """What stays the same while it lives."""
+
+    def progress(self, request_id: str) -> PromptProgress | None:
+        """How far a request's prompt has been read; None once it has been, or if there is no such request."""
 
     def heartbeat_age(self) -> float:
         """Seconds since the thread last showed that it lives."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
-from tern.engine import FinishReason, Request
+from tern.engine import FinishReason, PromptProgress, Request
 from tern.errors import EngineUnavailableError, TernError
 from tern.server.engine_door import EngineDoor
 from tern.server.errors import GenerationError, RequestTimeoutError, SlowReaderError
@@ -130,6 +130,11 @@ class Generation:
     def _stop_for_slow_reader(self) -> None:
         logger.warning("request %s ends: its client reads too slowly", self.requests[0].request_id)
         self._cancel_all()
+
+    def progress(self) -> PromptProgress | None:
+        """How far the prompt of the first choice has been read that has not begun to answer, if there is one."""
+        found = (self._engine.progress(request.request_id) for request in self.requests)
+        return next((each for each in found if each is not None), None)
 
     async def all_updates(self) -> list[Update]:
         """Every update of every choice, once all have ended."""

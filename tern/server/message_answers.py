@@ -56,7 +56,7 @@ class MessageWriter:
     """Writes one answer, whole or as a stream; an `AnswerWriter`."""
 
     form: MessageForm
-    keep_alive = PING
+    silent = PING
 
     _ending: Ending | None = field(default=None, init=False)
 

@@ -20,7 +20,7 @@ from tern.server.logprobs import chat_logprobs, token_bytes
 from tern.server.parts import Closed, Grown, Opened, Part, PartKind, PartReader, Step
 from tern.server.schemas.responses import ResponsesRequest
 from tern.server.sink import Ending, Update
-from tern.server.streaming import KEEP_ALIVE, named_sse
+from tern.server.streaming import named_sse
 from tern.server.usage import total_usage
 
 ID_PREFIXES = {PartKind.THOUGHT: "rs", PartKind.TEXT: "msg", PartKind.CALL: "fc"}
@@ -82,7 +82,7 @@ class ResponseWriter:
     """Writes one answer, whole or as a stream; an `AnswerWriter`."""
 
     form: ResponseForm
-    keep_alive = KEEP_ALIVE
+    silent = None
 
     _ids: list[str] = field(default_factory=list, init=False)
     _ending: Ending | None = field(default=None, init=False)

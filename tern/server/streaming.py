@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
@@ -15,12 +16,12 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from tern.engine import PromptProgress
 from tern.server.body import JsonObject
 from tern.server.errors import ClientGoneError, answer_for
 from tern.server.generation import Generation
 from tern.server.sink import Update
 
-KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 Result = TypeVar("Result")
@@ -40,17 +41,30 @@ async def with_comments(
     generation: Generation,
     chunks: Callable[[Sequence[Update]], Iterable[bytes]],
     silence: float,
-    comment: bytes = KEEP_ALIVE,
+    silent: bytes | None = None,
 ) -> AsyncIterator[bytes]:
-    """The events that `chunks` makes of a generation's updates, and a comment after `silence` seconds without one."""
+    """The events that `chunks` makes of a generation's updates.
+
+    After `silence` seconds without one comes `silent`, or else a comment that says how far the prompt has been read.
+    """
     said = time.monotonic()
     async for updates in generation.updates(silence):
         for event in chunks(updates):
             yield event
             said = time.monotonic()
         if not updates or time.monotonic() - said >= silence:
-            yield comment
+            yield silent or keep_alive(generation.progress())
             said = time.monotonic()
+
+
+def keep_alive(progress: PromptProgress | None) -> bytes:
+    """A comment for a client that waits, and for the one who reads along there."""
+    if progress is None:
+        return b": keep-alive\n\n"
+    if progress.waiting:
+        return f": keep-alive, {progress.prompt_tokens} prompt tokens wait in the queue\n\n".encode()
+    left = "" if progress.seconds_left is None else f", about {math.ceil(progress.seconds_left)} s left"
+    return f": keep-alive, {progress.read_tokens} of {progress.prompt_tokens} prompt tokens read{left}\n\n".encode()
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

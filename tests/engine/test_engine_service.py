@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from engine_fakes import HashModel, Recorder, make_engine, make_request
 
-from tern.engine import CONTINUE, EngineService, Finish, FinishReason, GeneratedToken, Steering
+from tern.engine import CONTINUE, EngineService, Finish, FinishReason, GeneratedToken, PromptProgress, Steering
 from tern.engine.service import FAILED, IDLE_BEAT_SECONDS, STOPPED
 from tern.errors import ContextLengthError, EngineUnavailableError, InvalidRequestError, QueueFullError
 
@@ -285,3 +285,23 @@ def test_every_request_is_answered_even_if_the_queues_have_lost_some(service: En
     assert (sink.result().reason, sink.end.message) == (FinishReason.ERROR, FAILED)
     assert service.drain(PATIENCE)
     assert service.state == "failed"
+
+
+def test_a_prompt_s_progress() -> None:
+    engine = make_engine(HashModel(), max_num_seqs=1, max_num_batched_tokens=8)
+    service = EngineService(engine)  # whose thread stands still, so that steps are taken here
+    for name in ("first", "second"):
+        engine.add(make_request(name, [5] * 20, max_tokens=2))
+    assert service.progress("first") == PromptProgress(0, 20, waiting=True, seconds_left=None)
+    engine.step()
+    found = service.progress("first")
+    assert found is not None
+    assert (found.read_tokens, found.prompt_tokens, found.waiting) == (8, 20, False)
+    assert found.seconds_left == engine.admission.reading_seconds(12)
+    second = service.progress("second")
+    assert second is not None
+    assert second.waiting
+    while engine.sequences["first"].num_generated_tokens == 0:
+        engine.step()
+    assert service.progress("first") is None
+    assert service.progress("unknown") is None

@@ -24,7 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tern.chat import ChatProtocol
 from tern.engine import Finish, FinishReason, GeneratedToken, Request, ScoredToken, TokenLogprob
-from tern.engine.stats import EngineFacts
+from tern.engine.stats import EngineFacts, PromptProgress
 from tern.errors import ContextLengthError, EngineUnavailableError, QueueFullError
 from tern.server import AppState, ServerOptions, create_app
 from tern.server.run import listen, server_config
@@ -93,6 +93,7 @@ class ScriptedEngine:
     state: str = "starting"
     gate: threading.Event = field(default_factory=threading.Event)
     age: float = 0.0
+    reading: PromptProgress | None = None
     fail_with: str | None = None
     seen: list[Request] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -168,6 +169,9 @@ class ScriptedEngine:
 
     def facts(self) -> EngineFacts:
         return EngineFacts("float32", "wint4", "int8", "cpu", 8, 2048, 16, 100, prefix_caching=True)
+
+    def progress(self, request_id: str) -> PromptProgress | None:  # noqa: ARG002
+        return self.reading
 
     def heartbeat_age(self) -> float:
         return self.age

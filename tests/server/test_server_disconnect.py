@@ -11,10 +11,10 @@ import pytest
 from server_fakes import USER, Live, ScriptedEngine, serve
 
 from tern.chat import ChatProtocol
-from tern.engine import FinishReason
+from tern.engine import FinishReason, PromptProgress
 from tern.server.errors import ClientGoneError
 from tern.server.sink import Mailbox, Update
-from tern.server.streaming import KEEP_ALIVE, while_connected, with_comments
+from tern.server.streaming import keep_alive, while_connected, with_comments
 
 LONG = "I think about it.\n</think>\n\n" + "and on it goes " * 2000
 
@@ -114,6 +114,28 @@ def test_a_silent_stream_has_headers_at_once_and_comments(patient: Live, path: s
 
 
 @pytest.mark.parametrize(
+    ("reading", "said"),
+    [
+        (PromptProgress(0, 900, True, None), "900 prompt tokens wait in the queue"),
+        (PromptProgress(64, 900, False, None), "64 of 900 prompt tokens read"),
+        (PromptProgress(64, 900, False, 41.2), "64 of 900 prompt tokens read, about 42 s left"),
+    ],
+)
+def test_a_silent_stream_says_how_far_the_prompt_is(patient: Live, reading: PromptProgress, said: str) -> None:
+    patient.engine.gate.clear()
+    patient.engine.reading = reading
+    body = {"messages": USER, "stream": True}
+    with patient.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        seen = ""
+        for text in response.iter_text():
+            seen += text
+            if ": keep-alive" in seen:
+                patient.engine.reading = None
+                patient.engine.gate.set()
+    assert f": keep-alive, {said}\n\n" in seen
+
+
+@pytest.mark.parametrize(
     ("path", "body", "comment", "first", "last"),
     [
         ("/v1/responses", {"input": "x"}, ": keep-alive\n\n", "response.in_progress", "response.completed"),
@@ -160,11 +182,14 @@ def test_tokens_without_text_are_silence_too() -> None:
                 await asyncio.sleep(silence)
                 yield [Update(index)]
 
+        def progress(self) -> None:
+            """No prompt is being read."""
+
     async def read() -> list[bytes]:
         speak = iter([[], [b"said"], []])
         return [event async for event in with_comments(Tokens(), lambda _: next(speak), 0.01)]  # type: ignore[arg-type]
 
-    assert asyncio.run(read()) == [KEEP_ALIVE, b"said", KEEP_ALIVE]
+    assert asyncio.run(read()) == [keep_alive(None), b"said", keep_alive(None)]
 
 
 def test_the_server_taking_a_request_back_is_an_error_event(server: Live) -> None:
