@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from array import array
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from tern.engine.drafts import Drafter
 from tern.engine.options import EngineOptions
 from tern.engine.prompt_room import PromptRoom
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
+from tern.engine.request_checks import check_ids, check_request
 from tern.engine.runner import Runner, StepResult
 from tern.engine.sampler import GRAMMAR_FAILED
 from tern.engine.sampling_state import SamplingState
@@ -36,7 +36,7 @@ from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
 from tern.engine.stats import STEP_TOKENS, EngineStats
 from tern.engine.step_failures import Outcome, compute_what_can_be, explain
-from tern.errors import ContextLengthError, InvalidRequestError, OptionError
+from tern.errors import InvalidRequestError, OptionError
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
@@ -165,31 +165,10 @@ class Engine:
     def prepare(self, request: Request) -> Sequence:
         """Check a request against this engine and build its sequence; reads nothing that a step changes."""
         params = request.params
-        try:
-            prompt = array("q", request.prompt_token_ids)
-        except (TypeError, OverflowError):
-            raise InvalidRequestError(
-                "The prompt holds something that is no token id: give whole numbers.", param="prompt"
-            ) from None
-        if not prompt:
-            raise InvalidRequestError("The prompt is empty: give at least one token.", param="prompt")
-        self._check_ids("prompt", prompt)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", params.logit_bias)
-        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
-        for words in request.bad_token_sequences:
-            self._check_ids("bad_words", words)
-            if not words:
-                raise InvalidRequestError("bad_words contains an empty word: leave it out.", param="bad_words")
-        if params.structured_outputs is not None and request.grammar is None:
-            raise InvalidRequestError(
-                "structured_outputs is given to the engine itself, which knows no text: make a grammar of it.",
-                param="structured_outputs",
-            )
-        self._check_length(len(prompt), params.max_tokens)
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_token_ids)
-        self._check_choice(request, stop_ids)
-        wanted = self.max_model_len if params.max_tokens is None else len(prompt) + params.max_tokens
+        check_request(request, stop_ids, vocab_size=self.vocab_size, max_model_len=self.max_model_len)
+        num_prompt = len(request.prompt_token_ids)
+        wanted = self.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
         sampling = SamplingState(request, stop_ids, self.eos_token_ids - stop_ids)
         sequence = Sequence(request, max_length=wanted, stop_ids=stop_ids, sampling=sampling)
         self.pool.extend_digests(sequence)
@@ -264,45 +243,6 @@ class Engine:
         if self.has_work:  # or callers that step while there is work would spin for ever
             raise IntegrityError(f"{len(self.sequences)} requests are open but none can be scheduled")
         return False
-
-    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
-        low, high = min(ids, default=0), max(ids, default=0)
-        if low < 0 or high >= self.vocab_size:
-            raise InvalidRequestError(
-                f"{name} holds token id {low if low < 0 else high}: the model knows ids 0 to {self.vocab_size - 1}.",
-                param=name,
-            )
-
-    def _check_length(self, num_prompt: int, max_tokens: int | None) -> None:
-        limit = self.max_model_len
-        # These are OpenAI's words: clients look for them to tell a full context from other mistakes.
-        known = f"This model's maximum context length is {limit} tokens, prompt and answer together, but"
-        if num_prompt >= limit + (max_tokens == 0):
-            raise ContextLengthError(f"{known} the prompt has {num_prompt}: shorten the prompt.")
-        if max_tokens is not None and num_prompt + max_tokens > limit:
-            raise ContextLengthError(
-                f"{known} the prompt has {num_prompt} and max_tokens is {max_tokens}, which makes "
-                f"{num_prompt + max_tokens}: shorten the prompt or set max_tokens to at most {limit - num_prompt}."
-            )
-
-    def _check_choice(self, request: Request, stop_ids: frozenset[int]) -> None:
-        """Refuse a request that forbids its first token whatever the model says."""
-        banned = {words[0] for words in request.bad_token_sequences if len(words) == 1}
-        if request.params.min_tokens > 0:
-            banned |= stop_ids
-        if len(banned) >= self.vocab_size:
-            raise InvalidRequestError(
-                f"bad_words and the end tokens that min_tokens holds back are all {self.vocab_size} tokens there are: "
-                "forbid fewer.",
-                param="min_tokens" if request.params.min_tokens > 0 else "bad_words",
-            )
-        allowed = frozenset(request.params.allowed_token_ids or ())
-        if allowed and allowed <= banned:
-            raise InvalidRequestError(
-                f"Each of the {len(allowed)} allowed_token_ids is forbidden by bad_words or held back by min_tokens: "
-                "allow more.",
-                param="allowed_token_ids",
-            )
 
     def _compute(self, chunks: Ordered[Chunk]) -> Outcome:
         """Run the chunks, and count how often in a row none of them could be computed."""
@@ -389,7 +329,7 @@ class Engine:
                 sequence.first_token_at = time.monotonic()
             try:
                 steering = sequence.request.sink.push(token)
-                self._check_ids("Steering.force", steering.force)
+                check_ids("Steering.force", steering.force, self.vocab_size)
             except Exception:
                 logger.exception("The sink of request %r failed", sequence.request_id)
                 self._finish(sequence, FinishReason.ERROR, message=SINK_FAILED)

@@ -21,6 +21,8 @@ from types import FrameType
 
 import uvicorn
 from prometheus_client import CollectorRegistry, start_http_server
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tern.chat import ChatProtocol
@@ -30,6 +32,7 @@ from tern.server.connections import REQUEST_SECONDS, protocol_settings
 from tern.server.engine_door import EngineDoor, ModelIdentity
 from tern.server.errors import answer_for
 from tern.server.options import ServerOptions, is_loopback
+from tern.server.page import wants_html
 from tern.server.request_log import RequestLog
 from tern.server.state import AppState
 from tern.server.tracing import Tracing
@@ -48,6 +51,9 @@ begins to wait: neither wakes it.
 
 IDLE_CONNECTION_SECONDS = 75
 """How long a connection may idle between requests: longer than the pools of common clients and proxies keep theirs."""
+
+LOADING_PAGE_SECONDS = 2
+"""After how long a browser asks for the page again while the model loads."""
 
 DEAF_CLIENT_SECONDS = 300
 """How long a client may take nothing of what was sent before the system closes its connection (where it is Linux).
@@ -185,7 +191,11 @@ class _LoadingGate:
 
 async def _loading(scope: Scope, receive: Receive, send: Send) -> None:
     answer = answer_for(EngineUnavailableError("The model is loading: try again later."))
-    await answer.response(scope["path"])(scope, receive, send)
+    response: Response = answer.response(scope["path"])
+    if scope["path"] == "/" and wants_html(Request(scope)):  # a browser asks again by itself until the page is there
+        again = {"Refresh": str(LOADING_PAGE_SECONDS), "Retry-After": response.headers["retry-after"]}
+        response = PlainTextResponse("The model is loading. This page opens by itself.\n", 503, headers=again)
+    await response(scope, receive, send)
 
 
 class _StoppedWhileLoadingError(BaseException):

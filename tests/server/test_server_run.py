@@ -85,11 +85,11 @@ def start(tmp_path: Path) -> Iterator[Any]:
         process.popen.communicate()
 
 
-def answer_while_loading(url: str) -> httpx.Response:
+def answer_while_loading(url: str, headers: dict[str, str] | None = None) -> httpx.Response:
     """The answer of a server that may not listen yet."""
     while True:
         try:
-            return httpx.get(url, timeout=60)
+            return httpx.get(url, headers=headers, timeout=60)
         except httpx.ConnectError:
             time.sleep(0.02)
 
@@ -119,6 +119,9 @@ def test_while_the_model_loads_everything_is_503(loading: tuple[subprocess.Popen
         assert "loading" in answer.json()["error"]["message"]
         assert int(answer.headers["retry-after"]) > 0
         assert len(answer.headers["x-request-id"]) == 32
+    page = answer_while_loading(url + "/", headers={"Accept": "text/html"})
+    assert (page.status_code, page.headers["refresh"]) == (503, "2")
+    assert page.text == "The model is loading. This page opens by itself.\n"
     flag.unlink()
     assert popen.stdout is not None
     assert popen.stdout.readline().strip() == url
