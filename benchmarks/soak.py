@@ -33,8 +33,9 @@ from tern.errors import TernError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MEMORY = "process_resident_memory_bytes"
 WATCHED = {
-    "process_resident_memory_bytes": "memory, MB",
+    MEMORY: "memory, MB",
     "process_open_fds": "file descriptors",
     "tern:asyncio_tasks": "tasks",
     "tern:threads": "threads",
@@ -102,7 +103,7 @@ async def soak(server: ServerProcess, *, clients: int, seconds: float, length: i
         watching.cancel()
     after = await _settled(server)
     problems = [*crowd.wrong[:20], *([f"and {len(crowd.wrong) - 20} more"] if len(crowd.wrong) > 20 else [])]
-    problems += leaks(before, after, watch.samples["process_resident_memory_bytes"])
+    problems += leaks(before, after, watch.samples[MEMORY])
     setting = Setting.now(command)
     return Soak(setting, clients, seconds / 60, dict(crowd.done.most_common()), problems, before, after, watch)
 
@@ -157,7 +158,8 @@ def show(result: Soak) -> None:
     for name, count in result.done.items():
         print(f"{count:8} {name}")
     for name, label in WATCHED.items():
-        print(f"{label}: {result.before[name]:g} before, {result.after[name]:g} after")
+        unit = 1e6 if name == MEMORY else 1.0
+        print(f"{label}: {result.before[name] / unit:g} before, {result.after[name] / unit:g} after")
     waits = sorted(result.watch.health_seconds)
     print(f"/health took {statistics.median(waits) * 1000:.0f} ms, at most {waits[-1] * 1000:.0f} ms")
     print("\n".join(f"PROBLEM {problem}" for problem in result.problems) or "No problem.")
