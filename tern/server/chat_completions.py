@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from functools import partial
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
 from tern.server.chat_answers import ChatShape, stream_answer, whole_answer
-from tern.server.chat_plan import Asked, plan_chat, read_chat, reading_size
+from tern.server.chat_plan import Asked, plan_chat, read_chat
 from tern.server.choices import start
+from tern.server.delivery import deliver_whole
 from tern.server.openapi import described
 from tern.server.openapi.answers import ChatCompletion, ChatCompletionEvent
 from tern.server.openapi.operations import GENERATING
-from tern.server.progress import json_size
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.fields import read_fields
-from tern.server.sink import Update
+from tern.server.schemas.structured import reading_size
 from tern.server.state import AppState
-from tern.server.streaming import EventStream, while_connected
+from tern.server.streaming import EventStream
 
 
 def routes(state: AppState) -> APIRouter:
@@ -52,19 +52,13 @@ def routes(state: AppState) -> APIRouter:
         await generation.submit(state.offload)
         if asked.request.stream:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
-        async with generation:
-            updates = await while_connected(http.receive, generation.all_updates())
-        return await state.offload.run(json_size(updates), _answer, shape, updates)
+        return await deliver_whole(state, http, generation, partial(whole_answer, shape))
 
     return router
 
 
 def _read(state: AppState, fields: JsonObject) -> Asked:
     return read_chat(state, read_fields(ChatRequest, fields))
-
-
-def _answer(shape: ChatShape, updates: Sequence[Update]) -> Response:
-    return JSONResponse(whole_answer(shape, updates))  # which writes the JSON here, not on the loop
 
 
 def _shape(state: AppState, asked: Asked) -> ChatShape:

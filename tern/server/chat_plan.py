@@ -5,7 +5,7 @@ Every door that chats comes through here with a `ChatRequest`; knows no form of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,7 @@ from tern.chat import (
 from tern.engine import SamplingParams
 from tern.errors import InvalidRequestError
 from tern.server.choices import Plan
-from tern.server.offload import LARGE
 from tern.server.schemas.chat import ChatRequest
-from tern.server.schemas.structured import StructuredFields
 from tern.server.state import AppState
 
 EFFORT_TOKENS = {"none": 0, "low": 1024, "medium": 8192, "high": None}
@@ -48,12 +46,6 @@ class Asked:
         """A parser for one answer."""
         held = self.rules.form is not None and not self.rules.must_call
         return (HeldResponseParser if held else ResponseParser)(self.request.offered_tools, start=self.parser_state)
-
-
-def reading_size(fields: Mapping[str, Any], size: int) -> int:
-    """How much work a body of `size` bytes is to read: what may need a grammar is not done on the event loop."""
-    names = (*StructuredFields.model_fields, "tools", "text", "output_config")  # of every family
-    return max(size, LARGE) if any(fields.get(name) for name in names) else size
 
 
 def read_chat(state: AppState, request: ChatRequest) -> Asked:

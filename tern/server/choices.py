@@ -66,7 +66,7 @@ def start(state: AppState, plan: Plan) -> Generation:
     engine_id = plan.request_id
     if record is not None:
         record.answer_id, record.params = plan.request_id, params
-        record.prompt_tokens = sum(map(len, plan.prompts))
+        record.prompt_tokens = tokens
         engine_id = f"{record.request_id}:{plan.request_id}"  # what a client chose alone need not be unique
     state.metrics.asked(params.n, params.max_tokens)
     if state.options.log_requests:

@@ -6,27 +6,28 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from tern.chat import CompiledGrammar, Tokenizer, bad_word_sequences
 from tern.engine import SamplingParams
 from tern.errors import ContextLengthError, InvalidRequestError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
-from tern.server.chat_plan import reading_size
 from tern.server.choices import Plan, start
 from tern.server.completion_answers import CompletionShape, stream_answer, whole_answer
+from tern.server.delivery import deliver_whole
 from tern.server.openapi import described
 from tern.server.openapi.answers import Completion, CompletionEvent
 from tern.server.openapi.operations import GENERATING
-from tern.server.progress import json_size
 from tern.server.schemas.completion import DEFAULT_MAX_TOKENS, CompletionRequest, Prompt
 from tern.server.schemas.fields import read_fields
-from tern.server.sink import PlainText, Update
+from tern.server.schemas.structured import reading_size
+from tern.server.sink import PlainText
 from tern.server.state import AppState
-from tern.server.streaming import EventStream, while_connected
+from tern.server.streaming import EventStream
 
 
 def routes(state: AppState) -> APIRouter:
@@ -70,9 +71,7 @@ def routes(state: AppState) -> APIRouter:
             raise ContextLengthError(str(error), param="prompt") from None
         if asked.request.stream:
             return EventStream(generation, stream_answer(shape, generation, state.options.keep_alive_seconds))
-        async with generation:
-            updates = await while_connected(http.receive, generation.all_updates())
-        return await state.offload.run(json_size(updates), _answer, shape, updates)
+        return await deliver_whole(state, http, generation, partial(whole_answer, shape))
 
     return router
 
@@ -116,10 +115,6 @@ def _read(state: AppState, fields: JsonObject) -> Asked:
 
 def _text(tokenizer: Tokenizer, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special_tokens=False)
-
-
-def _answer(shape: CompletionShape, updates: Sequence[Update]) -> Response:
-    return JSONResponse(whole_answer(shape, updates))  # which writes the JSON here, not on the loop
 
 
 def _shape(state: AppState, asked: Asked) -> CompletionShape:

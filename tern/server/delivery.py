@@ -5,7 +5,7 @@ Knows that a form is a writer of events; knows none of the forms.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Protocol
 
 from fastapi import Request
@@ -56,13 +56,17 @@ async def deliver(
         raise chat.named(error) from None
     if stream:
         return EventStream(generation, _events(writer, generation, state.options.keep_alive_seconds), writer.failed)
+    return await deliver_whole(state, http, generation, writer.whole)
+
+
+async def deliver_whole(
+    state: AppState, http: Request, generation: Generation, write: Callable[[Sequence[Update]], JsonObject]
+) -> Response:
+    """The answer of a submitted generation that does not stream, made of all its updates by `write`."""
     async with generation:
         updates = await while_connected(http.receive, generation.all_updates())
-    return await state.offload.run(json_size(updates), _written, writer, updates)
-
-
-def _written(writer: AnswerWriter, updates: Sequence[Update]) -> Response:
-    return JSONResponse(writer.whole(updates))  # which writes the JSON here, not on the loop
+    # a response writes its JSON as it is made: not on the loop, if it is long
+    return await state.offload.run(json_size(updates), lambda: JSONResponse(write(updates)))
 
 
 async def _events(writer: AnswerWriter, generation: Generation, silence: float) -> AsyncIterator[bytes]:

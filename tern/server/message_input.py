@@ -12,7 +12,7 @@ from tern.errors import InvalidRequestError, UnsupportedFeatureError
 from tern.server.body import JsonObject
 from tern.server.schemas.fields import short
 from tern.server.schemas.messages import EFFORTS, CountTokensRequest, MessagesRequest
-from tern.server.translation import Conversation, Toolbox, Translation, is_object, is_text
+from tern.server.translation import Conversation, Toolbox, Translation, is_object, is_role, is_text
 from tern.server.volatile_lines import without_volatile_lines
 
 ROLES = ("user", "assistant", "system")
@@ -86,11 +86,7 @@ def _text(raw: Any, place: str) -> str:
 
 def _add_message(talk: Conversation, raw: Any, place: str) -> None:
     message = is_object(raw, place)
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise InvalidRequestError(
-            f"{place}.role is {short(role)}: it must be one of {', '.join(ROLES)}.", param=f"{place}.role"
-        )
+    role, content = is_role(message.get("role"), ROLES, f"{place}.role"), message.get("content")
     blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(blocks, list):
         raise InvalidRequestError(

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from tern.errors import ContextLengthError
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
-from tern.server.chat_plan import Asked, plan_chat, reading_size
+from tern.server.chat_plan import Asked, plan_chat
 from tern.server.delivery import deliver
 from tern.server.message_answers import MessageForm, MessageWriter
 from tern.server.message_input import as_chat
@@ -20,6 +20,7 @@ from tern.server.openapi.answers_messages import CountedTokens, Message, Message
 from tern.server.openapi.operations import GENERATING, READING
 from tern.server.schemas.fields import read_fields
 from tern.server.schemas.messages import CountTokensRequest, MessagesRequest
+from tern.server.schemas.structured import reading_size
 from tern.server.state import AppState
 from tern.server.translation import Translation
 

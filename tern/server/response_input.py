@@ -14,7 +14,7 @@ from tern.server.body import JsonObject
 from tern.server.schemas.fields import short
 from tern.server.schemas.responses import ResponsesRequest
 from tern.server.schemas.sampling import SamplingFields
-from tern.server.translation import Conversation, Toolbox, Translation, is_object, is_text
+from tern.server.translation import Conversation, Toolbox, Translation, is_object, is_role, is_text
 
 ROLES = ("user", "assistant", "system", "developer")
 
@@ -101,11 +101,7 @@ def _add_item(talk: Conversation, raw: Any, place: str) -> None:
 
 
 def _add_message(talk: Conversation, item: Mapping[str, Any], place: str) -> None:
-    role, content = item.get("role"), item.get("content")
-    if role not in ROLES:
-        raise InvalidRequestError(
-            f"{place}.role is {short(role)}: it must be one of {', '.join(ROLES)}.", param=f"{place}.role"
-        )
+    role, content = is_role(item.get("role"), ROLES, f"{place}.role"), item.get("content")
     if role != "assistant":
         talk.say(role, content, place)
         return

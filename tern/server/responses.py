@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from tern.server.auth import owner_of
 from tern.server.body import JsonObject
-from tern.server.chat_plan import Asked, plan_chat, reading_size
+from tern.server.chat_plan import Asked, plan_chat
 from tern.server.delivery import deliver
 from tern.server.errors import NotKeptError
 from tern.server.openapi import described
@@ -20,6 +20,7 @@ from tern.server.response_answers import ResponseForm, ResponseWriter
 from tern.server.response_input import as_chat
 from tern.server.schemas.fields import read_fields
 from tern.server.schemas.responses import KEPT_NOWHERE, ResponsesRequest
+from tern.server.schemas.structured import reading_size
 from tern.server.state import AppState
 from tern.server.translation import Translation
 

@@ -5,7 +5,7 @@ Knows how turns become messages and tools become function tools; knows no family
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -157,3 +157,10 @@ def is_text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequestError(f"{place} is {short(value)}: it must be text.", param=place)
     return value
+
+
+def is_role(value: Any, roles: Sequence[str], place: str) -> str:
+    """The value, which must be one of the roles. Raises `InvalidRequestError`."""
+    if value not in roles:
+        raise InvalidRequestError(f"{place} is {short(value)}: it must be one of {', '.join(roles)}.", param=place)
+    return str(value)

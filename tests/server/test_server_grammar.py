@@ -16,8 +16,8 @@ from server_fakes import USER, WEATHER_TOOL, Live, rebuild, serve, without_ids
 from tern.chat import ChatProtocol
 from tern.checkpoint import resolve_model
 from tern.engine import Engine, EngineOptions, EngineService
-from tern.server.chat_plan import reading_size
 from tern.server.offload import LARGE
+from tern.server.schemas.structured import reading_size
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

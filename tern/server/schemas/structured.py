@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from tern.chat import AnswerForm
 from tern.engine import StructuredOutputsParams
 from tern.errors import InvalidRequestError, UnsupportedFeatureError
+from tern.server.offload import LARGE
 from tern.server.schemas.fields import Schema
 
 OBJECT = "an object"
@@ -113,3 +115,9 @@ def _only(place: str, given: dict[str, Any], names: tuple[str, ...]) -> None:
                 param=path,
                 code="unknown_field",
             )
+
+
+def reading_size(fields: Mapping[str, Any], size: int) -> int:
+    """How much work a body of `size` bytes is to read: what may need a grammar is not done on the event loop."""
+    names = (*StructuredFields.model_fields, "tools", "text", "output_config")  # of every family
+    return max(size, LARGE) if any(fields.get(name) for name in names) else size
