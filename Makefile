@@ -10,7 +10,7 @@ PORT ?= 8180
 MODEL ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve chat test lint format docs clean
+.PHONY: help setup serve chat test test-gpu lint format docs clean
 
 help:  ## show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | awk -F'\t' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -33,6 +33,11 @@ chat: setup  ## talk to the embedded model (or MODEL=...) in this terminal
 test: setup $(CLIENTS)  ## run every test
 	@$(BIN)/python -m pytest -n auto --dist loadfile
 	@$(BIN)/python -m pytest -n auto --dist loadfile --clients tests/clients -W default
+
+test-gpu: setup  ## run the tests of the GPU's kernels, and those that need a GPU, on this machine's
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch finds no NVIDIA GPU here: make test runs the kernels under an interpreter instead")'
+	@$(BIN)/python -m pytest tests/ops/cuda
+	@$(BIN)/python -m pytest -m gpu
 
 $(CLIENTS): $(STAMP) tests/clients/requirements.txt
 	@echo "Installing the clients that Tern is tested with (once, about two minutes) ..."

@@ -4,7 +4,8 @@
 
 Prompts are random token ids, greedy, eos ignored; all requests are sent at once, streamed, and timed from the first one
 sent to the last one ended. Both engines have the same options, and no prefix cache. The two alternate; the ratio is
-made within a round.
+made within a round. What a server's aim for a step costs is no part of that ratio: both have the same aim, a
+server's own or `--target-step-seconds`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -95,7 +97,11 @@ async def through_server(server: ServerProcess, prompts: Sequence[list[int]], to
 def measure(model: str | None, wanted: argparse.Namespace) -> list[Round]:
     """The rounds, without the first of each, which warms up."""
     source = resolve_model(model)
-    sizes = {"max_num_seqs": wanted.max_num_seqs, "max_model_len": wanted.prompt_tokens + wanted.output_tokens + 1}
+    sizes: dict[str, Any] = {
+        "max_num_seqs": wanted.max_num_seqs,
+        "max_model_len": wanted.prompt_tokens + wanted.output_tokens + 1,
+    }
+    sizes["target_step_seconds"] = wanted.target_step_seconds
     options = EngineOptions.for_one_caller(**sizes, enable_prefix_caching=False, quantization=wanted.quantization)
     engine = Engine.open(source, options, progress=False)
     draw = random.Random(0)
@@ -124,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--prompt-tokens", type=int, default=128)
     made.add_argument("--output-tokens", type=int, default=128)
     made.add_argument("--max-num-seqs", type=int, default=32)
+    made.add_argument("--target-step-seconds", type=float, default=EngineOptions().target_step_seconds)
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     wanted = made.parse_args(arguments)

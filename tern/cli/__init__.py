@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from tern.cli import bench, chat, doctor, generate, quantize, run_batch, serve
+from tern.cli import bench, chat, doctor, evaluate, generate, quantize, run_batch, serve
 from tern.cli.flags import with_dashes, without_ignored
 from tern.errors import InvalidRequestError, OptionError, TernError
 
@@ -30,6 +30,7 @@ app.command("generate")(generate.generate)
 app.command("run-batch")(run_batch.run_batch)
 app.command("quantize")(quantize.quantize)
 app.command("bench")(bench.bench)
+app.command("eval")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 
 

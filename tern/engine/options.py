@@ -51,7 +51,7 @@ class EngineOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 2048
-    target_step_seconds: float | None = 0.5
+    target_step_seconds: float | None = 1.0
     block_size: int = 16
     num_kv_blocks: int | None = None
     kv_cache_memory: int | None = None

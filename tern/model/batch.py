@@ -98,7 +98,8 @@ class KVCache:
         """Reserve `num_blocks` blocks of `block_size` tokens for every layer of the decoder, or for `num_layers`."""
         layers = config.num_hidden_layers if num_layers is None else num_layers
         heads, head_dim = config.num_key_value_heads, config.head_dim
-        keys, values = ops.kv_cache_shapes(num_blocks, block_size, heads, head_dim, dtype)
+        sizes = (num_blocks, block_size, heads, head_dim, dtype)
+        keys, values = ops.kv_cache_shapes(*sizes, gpu=ops.uses_gpu(device))
         return cls(_zeros((layers, *keys), dtype, device), _zeros((layers, *values), dtype, device))
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from tern.ops import cpu, reference, reference_attention, reference_packed, reference_sampling
+from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, round_to_fp8
 from tern.ops.packed import PackedWeight, Weight, empty, packed_shapes, unpack
+from tern.ops.placement import on_gpu, uses_gpu
 from tern.ops.reference import (
     cached_head_dim,
     embed,
@@ -29,7 +31,10 @@ from tern.ops.swiglu import SwiGLUWeights
 __all__ = [
     "AttentionPlan",
     "Draws",
+    "Fp8Weight",
+    "GpuWeight",
     "PackedWeight",
+    "RowPackedWeight",
     "SwiGLUWeights",
     "Weight",
     "add_rms_norm",
@@ -52,9 +57,11 @@ __all__ = [
     "rotary_frequencies",
     "rotary_table",
     "rotate_and_store",
+    "round_to_fp8",
     "route",
     "swiglu",
     "unpack",
+    "uses_gpu",
     "write_kv",
 ]
 
@@ -99,6 +106,10 @@ def _gated(x: Tensor) -> reference.Gated:
 
 def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Add `delta` [T, H] (None: nothing) to the residual stream [T, H] and norm the sum -> (normed, new residual)."""
+    if on_gpu(residual):
+        from tern.ops import cuda
+
+        return cuda.add_rms_norm(delta, residual, weight, eps)
     if cpu.can_norm(residual):
         return cpu.add_rms_norm(delta, residual, weight, eps)
     return reference.add_rms_norm(delta, residual, weight, eps)

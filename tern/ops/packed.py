@@ -91,12 +91,20 @@ class PackedWeight:
         """v, or factor * q, of a single weight: [columns, depth] int8."""
         if self.factors is None:
             return (self.values.to(torch.int16) - 128).to(torch.int8).transpose(1, 2).reshape(self.columns, self.depth)
+        return self.quotients() * self.group_factors().repeat_interleave(GROUP, dim=1)
+
+    def quotients(self) -> Tensor:
+        """q of a single weight of 4 bits: [columns, depth] int8."""
         quads = torch.stack((self.values & 15, self.values >> 4), dim=3).to(torch.int8) - 8
         # [panels, groups, pairs, 2, 16, 4] -> [panels, 16, groups, 32]
-        q = quads.permute(0, 4, 1, 2, 3, 5).flatten(3)
+        return quads.permute(0, 4, 1, 2, 3, 5).reshape(self.columns, self.depth)
+
+    def group_factors(self) -> Tensor:
+        """The factor of every group of a single weight of 4 bits: [columns, depth / 32] int8."""
+        assert self.factors is not None, "a weight of 8 bits has no factors"
         codes = torch.cat((self.factors & 15, self.factors >> 4), dim=2).long()
-        factors = torch.tensor(FACTORS, dtype=torch.int8)[codes].transpose(1, 2)
-        return (q * factors[..., None]).reshape(self.columns, self.depth)
+        factors = torch.tensor(FACTORS, dtype=torch.int8, device=codes.device)[codes]
+        return factors.transpose(1, 2).reshape(self.columns, -1)
 
 
 Weight = Tensor | PackedWeight

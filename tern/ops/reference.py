@@ -160,7 +160,7 @@ def mix_experts(
 
 
 def kv_cache_shapes(
-    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, gpu: bool = False
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of one layer's cache.
 
@@ -169,10 +169,14 @@ def kv_cache_shapes(
     block's keys, so that a product with a query runs over keys side by side, by the instructions that multiply pairs of
     bf16 or quads of int8. r is 4 with int8, so that four tokens' values lie together, else 1. W is D, and with int8
     `SCALE_BYTES` more for a token's float32 scale in this head: the last unit of its key, and the element D + token % 4
-    of its row of values.
+    of its row of values. On a `gpu` u is D: a token's key lies together, as its value does, for wide loads.
 
-    Raises `ValueError` for int8 unless D and `block_size` are multiples of 4.
+    Raises `ValueError` for int8 on a GPU, and unless D and `block_size` are multiples of 4.
     """
+    if gpu:
+        if dtype == torch.int8:
+            raise ValueError("an int8 cache is for processors: a GPU's narrow cache is float8_e4m3fn")
+        return (kv_heads, num_blocks, 1, block_size, head_dim), (kv_heads, num_blocks, block_size, head_dim, 1)
     unit = max(1, 4 // dtype.itemsize)
     if dtype != torch.int8:
         unit = unit if head_dim % unit == 0 else 1

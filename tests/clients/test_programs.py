@@ -20,7 +20,6 @@ TASK = {
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{answer}}",
 }
-NUMBER = {"function": "regex", "regex_pattern": "= (-?[0-9]+)"}
 GENERATE = {
     "task": "sums",
     "output_type": "generate_until",
@@ -42,13 +41,18 @@ CHOOSE = {
 }
 
 
+def write_task(folder: Path, task: dict[str, Any]) -> None:
+    """A task of the harness and its questions, as files in `folder` with its name."""
+    data = folder / f"{task['task']}.jsonl"
+    data.write_text("\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in SUMS))
+    written = {**TASK, **task, "dataset_kwargs": {"data_files": {"test": str(data)}}}
+    (folder / f"{task['task']}.yaml").write_text(json.dumps(written))  # JSON is YAML
+
+
 def lm_eval(folder: Path, task: dict[str, Any], model: str, arguments: str, *more: str) -> dict[str, Any]:
     """The results of one task, run by the program itself."""
     pytest.importorskip("lm_eval")
-    data = folder / "data.jsonl"
-    data.write_text("\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in SUMS))
-    written = {**TASK, **task, "dataset_kwargs": {"data_files": {"test": str(data)}}}
-    (folder / "task.yaml").write_text(json.dumps(written))  # JSON is YAML
+    write_task(folder, task)
     command = [sys.executable, "-m", "lm_eval", "--model", model, "--model_args", arguments]
     command += ["--tasks", task["task"], "--include_path", str(folder), "--output_path", str(folder / "out"), *more]
     done = subprocess.run(command, env=program_environment(folder), capture_output=True, text=True, timeout=200)

@@ -1,0 +1,39 @@
+"""Where kernels run and what that changes in them. Import it before `triton`: the choice is made when kernels are.
+
+Without a GPU they run under Triton's interpreter, on tensors in the processor's memory: slow, and for tests alone.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+INTERPRETED = not torch.cuda.is_available()
+"""Whether kernels are interpreted here."""
+
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # too late if something else has imported triton before
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+__all__ = ["INTERPRETED", "dot", "narrow", "tl", "triton"]
+
+
+@triton.jit
+def dot(a, b, total, INTERPRETED: tl.constexpr):
+    """`total` + a @ b in float32. The interpreter multiplies bfloat16 by its bits, so there they are widened first."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(a, b, total)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 `x` rounded to `dtype`, ties to even; by hand for bfloat16 where the interpreter would cut it off."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(dtype)
+    return x.to(dtype)

@@ -1,0 +1,200 @@
+"""Weights of 4 and 8 bits in the layouts that a GPU's kernels read, and their products in plain torch, the truth.
+
+Knows the numbers and their places; knows no kernels. A GPU wants a row's numbers side by side, where `PackedWeight` has
+panels for processors; the numbers are the same, so that a model packed once answers alike on both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tern.ops.packed import GROUP, PackedWeight
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+BLOCK = 128
+"""Rows and depths of an fp8 weight that share a scale, and depths of an activation that do."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowPackedWeight:
+    """A `PackedWeight` [out, in], or a stack [experts, out, in], row by row.
+
+    w = scale * v with v int8 for 8 bits, w = scale * factor * q for 4. `values`: int8 [..., out, depth], or uint8
+    [..., out, depth / 2] with q + 8 of depth 2i in the low nibble and of 2i + 1 in the high one. `factors`: int8
+    [..., out, depth / 32] for 4 bits. `scales`: float32 [..., out]. `depth` is `in_features` rounded up to groups of 32
+    with zeros. Every v and every factor * q is a whole number that bfloat16 holds exactly, so that a product
+    with a row's integers needs the scale only at its end.
+    """
+
+    values: Tensor
+    factors: Tensor | None
+    scales: Tensor
+    in_features: int
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> RowPackedWeight:
+        """The same numbers, on the device of `weight`."""
+        if weight.experts is not None:
+            rows = [cls.of(weight[expert]) for expert in range(weight.experts)]
+            factors = [row.factors for row in rows if row.factors is not None]
+            return cls(
+                torch.stack([row.values for row in rows]),
+                torch.stack(factors) if factors else None,
+                torch.stack([row.scales for row in rows]),
+                weight.in_features,
+            )
+        scales = _rows(weight.scales, weight)
+        if weight.factors is None:
+            return cls(_rows(weight.integers(), weight), None, scales, weight.in_features)
+        nibbles = (_rows(weight.quotients(), weight) + 8).to(torch.uint8)
+        values = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+        return cls(values, _rows(weight.group_factors(), weight), scales, weight.in_features)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value."""
+        return 8 if self.factors is None else 4
+
+    @property
+    def experts(self) -> int | None:
+        """How many weights a stack holds; None for a single one."""
+        return self.scales.shape[0] if self.scales.dim() == 2 else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight before it was packed."""
+        return (*self.scales.shape, self.in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in (self.values, self.factors, self.scales) if tensor is not None)
+
+    def __getitem__(self, expert: int) -> RowPackedWeight:
+        """One weight of a stack."""
+        factors = None if self.factors is None else self.factors[expert]
+        return replace(self, values=self.values[expert], factors=factors, scales=self.scales[expert])
+
+    def to(self, device: torch.device) -> RowPackedWeight:
+        """The same on another device."""
+        factors = None if self.factors is None else self.factors.to(device)
+        return replace(self, values=self.values.to(device), factors=factors, scales=self.scales.to(device))
+
+    def integers(self) -> Tensor:
+        """v, or factor * q: [..., out, depth] int8."""
+        if self.factors is None:
+            return self.values
+        q = torch.stack((self.values & 15, self.values >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
+        return q * self.factors.repeat_interleave(GROUP, dim=-1)
+
+    def floats(self) -> Tensor:
+        """The weights that the numbers stand for, float32 in `shape`."""
+        return (self.integers().float() * self.scales[..., None])[..., : self.in_features]
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Weight:
+    """A weight [out, in], or a stack [experts, out, in], in float8_e4m3fn with float32 scales.
+
+    `scales` [..., ceil(out / 128), ceil(in / 128)] for one scale a block of 128 x 128, [..., 1, 1] for one a weight.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def block_wise(self) -> bool:
+        """Whether there is a scale a block; if not, there is one for the whole weight."""
+        rows, depths = (-(-size // BLOCK) for size in self.values.shape[-2:])
+        return tuple(self.scales.shape[-2:]) == (rows, depths)
+
+    @property
+    def experts(self) -> int | None:
+        """How many weights a stack holds; None for a single one."""
+        return self.values.shape[0] if self.values.dim() == 3 else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the weight before it was rounded."""
+        return tuple(self.values.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def __getitem__(self, expert: int) -> Fp8Weight:
+        """One weight of a stack."""
+        return Fp8Weight(self.values[expert], self.scales[expert])
+
+    def to(self, device: torch.device) -> Fp8Weight:
+        """The same on another device."""
+        return Fp8Weight(self.values.to(device), self.scales.to(device))
+
+    def floats(self) -> Tensor:
+        """The weights that the numbers stand for, float32 in `shape`."""
+        return self.values.float() * _spread(self.scales, self.shape)
+
+
+GpuWeight = Tensor | RowPackedWeight | Fp8Weight
+"""What a GPU's linear layer multiplies with."""
+
+
+def round_to_fp8(weight: Tensor, *, block_wise: bool) -> Fp8Weight:
+    """Round `weight` [..., out, in]: the largest magnitude under a scale becomes 448."""
+    wide = weight.float()
+    if block_wise:
+        *stack, rows, depths = wide.shape
+        padded = functional.pad(wide.abs(), (0, -depths % BLOCK, 0, -rows % BLOCK))
+        peaks = padded.view(*stack, -(-rows // BLOCK), BLOCK, -1, BLOCK).amax(dim=(-3, -1))
+    else:
+        peaks = wide.abs().amax(dim=(-2, -1), keepdim=True)
+    scales = torch.where(peaks > 0, peaks / FP8_MAX, 1.0)
+    return Fp8Weight((wide / _spread(scales, tuple(wide.shape))).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales)
+
+
+def round_rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round activations `x` [T, in], each token's groups of 128 by a scale of their own.
+
+    Returns float8_e4m3fn [T, in] and float32 [T, ceil(in / 128)].
+    """
+    wide = functional.pad(x.float(), (0, -x.shape[1] % BLOCK)).view(x.shape[0], -(-x.shape[1] // BLOCK), BLOCK)
+    peaks = wide.abs().amax(dim=2)
+    scales = torch.where(peaks > 0, peaks / FP8_MAX, 1.0)
+    values = (wide / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).flatten(1)[:, : x.shape[1]]
+    return values.to(FP8), scales
+
+
+def product(x: Tensor, weight: GpuWeight) -> Tensor:
+    """`x` [T, in] times a weight [out, in] -> [T, out] float32, as a GPU's kernels do it.
+
+    Beside an fp8 weight the activations are rounded to fp8, token by token in groups of 128; beside a packed one they
+    stay what they are.
+    """
+    if isinstance(weight, Fp8Weight):
+        values, scales = round_rows_to_fp8(x)
+        return (values.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]) @ weight.floats().t()
+    if isinstance(weight, RowPackedWeight):
+        depth = weight.integers().shape[1]
+        padded = functional.pad(x.float(), (0, depth - x.shape[1]))
+        return padded @ weight.integers().float().t() * weight.scales
+    return x.float() @ weight.float().t()
+
+
+def _spread(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A scale for every number of a weight of this shape, or the only one."""
+    if scales.shape[-2:] == (1, 1):
+        return scales
+    spread = scales.repeat_interleave(BLOCK, dim=-2).repeat_interleave(BLOCK, dim=-1)
+    return spread[..., : shape[-2], : shape[-1]]
+
+
+def _rows(columns: Tensor, weight: PackedWeight) -> Tensor:
+    """The columns of a weight without those that fill its parts up to panels."""
+    parts = columns.view(weight.parts, -1, *columns.shape[1:])
+    return parts[:, : weight.out_features // weight.parts].flatten(0, 1).contiguous()
