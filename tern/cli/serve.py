@@ -55,7 +55,7 @@ def serve(
     *,
     engine: EngineFlags,
     target_step_seconds: Annotated[
-        float | None, typer.Option(help="Most pause for others' prompts; default 0.5.")
+        float | None, typer.Option(help="Most pause for others' prompts; default 1.")
     ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Most requests waiting; more get 429.")] = None,
     max_queue_tokens: Annotated[int | None, typer.Option(help="Most tokens of their prompts; more get 429.")] = None,
