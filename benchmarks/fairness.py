@@ -3,7 +3,7 @@
     python -m benchmarks.fairness --model PACKED --decoders 4 --prompt-tokens 32768 --option target_step_seconds=0.5
 
 The engine itself decodes `--decoders` sequences, first alone, then with one prompt of `--prompt-tokens` random tokens
-beside them, until that has its first token. Stated are the p50, p99 and longest time between two tokens of a decoder,
+beside them, until that has its first token or `--minutes` have passed. Stated are the p50, p99 and longest time between two tokens of a decoder,
 and how fast the prompt was read; the same without any aim for a step shows what the aim costs and gives.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import time
@@ -48,10 +49,11 @@ class Pauses:
 
 @dataclass(frozen=True)
 class Fairness:
-    """The pauses of decoders without and with a long prompt beside them, and the speed at which it was read."""
+    """The pauses of decoders without and with a long prompt beside them, and how much of it was read how fast."""
 
     alone: Pauses
     beside: Pauses
+    prompt_tokens: int
     prompt_tokens_per_s: float
 
 
@@ -69,8 +71,8 @@ class _Moments:
         pass
 
 
-def measure(engine: Engine, decoders: int, prompt_tokens: int) -> Fairness:
-    """Decode alone, then beside a prompt. Raises `OptionError` if the engine is too small for that."""
+def measure(engine: Engine, decoders: int, prompt_tokens: int, most_seconds: float) -> Fairness:
+    """Decode alone, then beside a prompt, which is read for `most_seconds`. Raises `OptionError` if the engine is too small for that."""
     room = engine.max_model_len - prompt_tokens
     if room < 2 or decoders >= engine.options.max_num_seqs:
         raise OptionError(
@@ -88,11 +90,13 @@ def measure(engine: Engine, decoders: int, prompt_tokens: int) -> Fairness:
     params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1)
     long = random.Random(1).choices(range(3, engine.vocab_size), k=prompt_tokens)
     engine.add(Request("long", tuple(long), params, reader))
-    _step_until(engine, lambda: bool(reader.times))
+    _step_until(engine, lambda: bool(reader.times) or time.perf_counter() - started > most_seconds)
+    seconds = time.perf_counter() - started
+    read = prompt_tokens if reader.times else engine.sequences["long"].num_computed_tokens
     beside = [sink.times[len(before) - 1 :] for sink, before in zip(sinks, alone, strict=True)]
-    for number in range(decoders):
-        engine.cancel(f"decoder {number}")
-    return Fairness(Pauses.of(alone), Pauses.of(beside), prompt_tokens / (reader.times[0] - started))
+    for name in list(engine.sequences):
+        engine.cancel(name)
+    return Fairness(Pauses.of(alone), Pauses.of(beside), read, read / seconds)
 
 
 def _step_until(engine: Engine, done: Callable[[], bool]) -> None:
@@ -107,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--model", help="a directory, hub id or dummy:PRESET; default: the embedded model")
     made.add_argument("--decoders", type=int, default=4)
     made.add_argument("--prompt-tokens", type=int, default=32768)
+    made.add_argument("--minutes", type=float, default=math.inf, help="most that is read of the prompt")
     made.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="one of the engine's")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     wanted = made.parse_args(arguments)
@@ -114,11 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         chosen = {"speculation": "off", **options(wanted.option)}
         engine = Engine.open(resolve_model(wanted.model), EngineOptions.from_keywords(**chosen), progress=False)
-        found["with the aim"] = measure(engine, wanted.decoders, wanted.prompt_tokens)
+        found["with the aim"] = measure(engine, wanted.decoders, wanted.prompt_tokens, 60 * wanted.minutes)
         del engine
         chosen["target_step_seconds"] = None
         engine = Engine.open(resolve_model(wanted.model), EngineOptions.from_keywords(**chosen), progress=False)
-        found["without one"] = measure(engine, wanted.decoders, wanted.prompt_tokens)
+        found["without one"] = measure(engine, wanted.decoders, wanted.prompt_tokens, 60 * wanted.minutes)
     except TernError as error:
         made.exit(2, f"{error}\n")
     setting = Setting.now(["python", "-m", "benchmarks.fairness", *(sys.argv[1:] if arguments is None else arguments)])
@@ -129,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{name}, {where}: p50 {pauses.p50 * 1000:.0f} ms, p99 {pauses.p99 * 1000:.0f} ms, "
                 f"longest {pauses.longest * 1000:.0f} ms"
             )
-        print(f"{name}: the prompt was read at {one.prompt_tokens_per_s:.1f} tokens/s")
+        print(f"{name}: {one.prompt_tokens} tokens of the prompt were read at {one.prompt_tokens_per_s:.1f} a second")
     if wanted.json is not None:
         figures = {"setting": asdict(setting), **{name: asdict(one) for name, one in found.items()}}
         wanted.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

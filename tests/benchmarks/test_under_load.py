@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -28,14 +30,25 @@ def test_pauses_without_and_beside_a_long_prompt(tmp_path: Path, capsys: pytest.
         for where in ("alone", "beside"):
             pauses = found[name][where]
             assert 0 < pauses["p50"] <= pauses["p99"] <= pauses["longest"]
+        assert found[name]["prompt_tokens"] == 500
         assert found[name]["prompt_tokens_per_s"] > 0
+
+
+def test_a_prompt_that_is_read_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr(fairness, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    options = EngineOptions(max_model_len=2000, max_num_seqs=2, max_num_batched_tokens=16, enable_prefix_caching=False)
+    engine = Engine.open(resolve_model(None), options, progress=False)
+    found = fairness.measure(engine, 1, 1900, 20)
+    assert 0 < found.prompt_tokens < 1900
+    assert not engine.has_work
 
 
 def test_a_prompt_that_does_not_fit_is_refused() -> None:
     engine = Engine.open(resolve_model(None), EngineOptions(max_model_len=64, max_num_seqs=2), progress=False)
     for decoders, prompt in ((1, 63), (2, 20)):
         with pytest.raises(OptionError, match="do not fit"):
-            fairness.measure(engine, decoders, prompt)
+            fairness.measure(engine, decoders, prompt, 60)
     assert not engine.has_work
 
 
