@@ -3,8 +3,9 @@
     python -m benchmarks.fairness --model PACKED --decoders 4 --prompt-tokens 32768 --option target_step_seconds=0.5
 
 The engine itself decodes `--decoders` sequences, first alone, then with one prompt of `--prompt-tokens` random tokens
-beside them, until that has its first token or `--minutes` have passed. Stated are the p50, p99 and longest time between two tokens of a decoder,
-and how fast the prompt was read; the same without any aim for a step shows what the aim costs and gives.
+beside them, until that has its first token or `--minutes` have passed. Stated are the p50, p99 and longest time between
+two tokens of a decoder, and how fast the prompt was read; the same without any aim for a step shows what the aim costs
+and gives.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class _Moments:
 
 
 def measure(engine: Engine, decoders: int, prompt_tokens: int, most_seconds: float) -> Fairness:
-    """Decode alone, then beside a prompt, which is read for `most_seconds`. Raises `OptionError` if the engine is too small for that."""
+    """Decode alone, then beside a prompt, which is read for `most_seconds`.
+
+    Raises `OptionError` if the engine is too small for that.
+    """
     room = engine.max_model_len - prompt_tokens
     if room < 2 or decoders >= engine.options.max_num_seqs:
         raise OptionError(

@@ -67,8 +67,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
 
     @property
     def max_length(self) -> int:
-        """The longest context, in tokens."""
-        return self._llm.max_model_len
+        """The longest text, in tokens, whose next token can be scored."""
+        return self._llm.max_model_len - 1
 
     @property
     def tokenizer_name(self) -> str:
@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
                 for window in get_rolling_token_windows(
                     token_list=self.tok_encode(request.args[0]),
                     prefix_token=self.prefix_token_id,
-                    max_seq_len=self.max_length - 1,
+                    max_seq_len=self.max_length,
                     context_len=1,
                 )
             ]
@@ -128,10 +128,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is untyped
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[Scored]:
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
         scored: list[Scored] = []
         for part in _in_parts(requests, "Scoring", quiet=disable_tqdm):
-            texts = [(context + continuation)[1 - self.max_length :] for _, context, continuation in part]
+            texts = [(context + continuation)[-self._llm.max_model_len :] for _, context, continuation in part]
             outputs = self._llm.generate([{"prompt_token_ids": text} for text in texts], params, False)
             scored += [_score(output, len(request[2])) for output, request in zip(outputs, part, strict=True)]
         return scored

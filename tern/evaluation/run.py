@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tern.engine import SamplingParams
 from tern.errors import OptionError, TernError
 from tern.evaluation.report import EvaluationReport, read_scores
 from tern.llm import LLM
@@ -40,7 +41,7 @@ class EvaluationPlan:
     limit: int | None = None
     num_fewshot: int | None = None
     max_tokens: int | None = None
-    generation: dict[str, float | int] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
     system: str | None = None
     tasks_directory: Path | None = None
 
@@ -48,11 +49,13 @@ class EvaluationPlan:
 class Evaluation:
     """A plan with its tasks and their questions at hand, before any model is.
 
-    Raises `OptionError` if the harness is not installed, a task is not known or its questions cannot be had.
+    Raises `OptionError` if the harness is not installed, a task is not known or its questions cannot be had, and
+    `InvalidRequestError` for sampling that no request could ask for.
     """
 
     def __init__(self, plan: EvaluationPlan) -> None:
         self._plan = plan
+        SamplingParams(**plan.generation)  # raises now rather than after the model is loaded
         manager = _task_manager(plan.tasks_directory)
         self._loaded = _load([_found(task, manager) for task in plan.tasks], manager)
         for task in self._loaded["tasks"].values():

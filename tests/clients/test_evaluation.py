@@ -70,38 +70,25 @@ def test_without_chat_a_task_continues_text(tmp_path: Path, capsys: pytest.Captu
     assert "a" not in first
 
 
-def test_likelihoods_are_those_of_transformers() -> None:
+@pytest.mark.parametrize("length", [2048, 48])
+def test_likelihoods_are_those_of_transformers(length: int) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
     from tern.evaluation.harness_model import HarnessModel
 
+    engine = {"dtype": "float32", "progress": False, "max_model_len": length}
+    ours = HarnessModel(LLM(**engine), "embedded", chat=False)
     directory = str(embedded_model_directory())
-    ours = HarnessModel(LLM(dtype="float32", progress=False), "embedded", chat=False)
-    theirs = HFLM(pretrained=directory, dtype="float32", device="cpu", batch_size=1)
-    pairs = [("What is 12 + 30?", " It is 42."), ("The weather in Paris", " is"), ("", "中文也可以。")]
+    theirs = HFLM(pretrained=directory, dtype="float32", device="cpu", batch_size=1, max_length=length - 1)
+    long = "One two three, 四五六. Seven eight nine, ten and eleven! " * 4
+    pairs = [("What is 12 + 30?", " It is 42."), ("The weather in", " Paris"), ("", "中文也可以。"), (long, " Done.")]
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
     for mine, reference in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
         assert mine[0] == pytest.approx(reference[0], abs=1e-2)
         assert mine[1] == reference[1]
-    texts = [Instance("loglikelihood_rolling", {}, ("The sum of 3 and 4 is 7. 三加四等于七。",), 0)]
-    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=1e-2)
-
-
-def test_a_text_longer_than_the_model_is_scored_in_windows() -> None:
-    from lm_eval.api.instance import Instance
-
-    from tern.evaluation.harness_model import HarnessModel
-
-    text = "One two three four five six seven eight nine ten. " * 8
-    whole, short = (
-        HarnessModel(LLM(progress=False, max_model_len=length), "embedded", chat=False) for length in (2048, 64)
-    )
-    request = [Instance("loglikelihood_rolling", {}, (text,), 0)]
-    (in_one,), (in_windows,) = whole.loglikelihood_rolling(request), short.loglikelihood_rolling(request)
-    assert in_windows < 0
-    assert in_windows == pytest.approx(in_one, rel=0.5)
-    assert in_windows != in_one
+    texts = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in (long, "三加四等于七。")]
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=2e-2)
 
 
 def test_scores_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +100,7 @@ def test_scores_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ("arguments", "said"),
     [
         ([], "name --tasks"),
-        (["--tasks", "sumz"], "Did you mean sums?"),
+        (["--tasks", "sumz"], "or sums"),
         (["--tasks", "sums", "--limit", "0"], "--limit is 0"),
         (["--tasks", "sums", "--system", "x"], "add --chat"),
         (["--tasks", "sums", "--no-thinking"], "--no-thinking is for conversations"),
