@@ -15,6 +15,9 @@ INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # too late if something else has imported triton before
 
+# Products and sums may be fused; said aloud, since Triton warns where nobody chose.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 

@@ -25,7 +25,7 @@ def add_rms_norm_to_fp8(
     Returns float8_e4m3fn [T, H], float32 [T, ceil(H / 128)] and the new residual stream.
     """
     residual = residual.contiguous()
-    values, scales = empty_fp8_rows(*residual.shape, residual.device)
+    values, scales = empty_fp8_rows(residual.shape[0], residual.shape[1], residual.device)
     return values, scales, _norm(delta, residual, weight, eps, values, scales)
 
 
@@ -63,7 +63,7 @@ def _add_rms_norm(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Rows [width] of `residual` (+ `delta`) -> `summed`, and normed and scaled -> `normed`, with `scales` if TO_FP8."""
+    """Rows [width] of `residual` (+ `delta`) -> `summed`; normed and scaled -> `normed`, with `scales` if TO_FP8."""
     row = tl.program_id(0).to(tl.int64)
     start = row * width
     columns = tl.arange(0, BLOCK)

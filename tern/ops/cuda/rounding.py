@@ -16,9 +16,7 @@ def empty_fp8_rows(rows: int, width: int, device: torch.device) -> tuple[Tensor,
 
 
 @triton.jit
-def store_as_fp8(
-    x, values, scales, first, width, BLOCK: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def store_as_fp8(x, values, scales, first, width, BLOCK: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr):
     """A row's columns from `first` on, float32 `x` [BLOCK] with zeros beyond `width`, to where the row's values begin.
 
     `scales` is where the row's scales begin. GROUP divides `first` and BLOCK. The divisions round as IEEE says, since
