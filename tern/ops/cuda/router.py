@@ -21,6 +21,10 @@ _FEW = {"TOKENS": 16, "EXPERTS": 16, "DEPTHS": 32, "num_warps": 4, "num_stages":
 _MANY = {"TOKENS": 32, "EXPERTS": 64, "DEPTHS": 16, "num_warps": 4, "num_stages": 3}
 
 
+_CHOOSERS = 4
+"""Tokens for which a program chooses, a warp each."""
+
+
 def route(
     x: Tensor, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
 ) -> tuple[Tensor, Tensor]:
@@ -45,7 +49,8 @@ def route(
         sizes = {"SPANS": spans, "K": experts_per_token, "LANES": triton.next_power_of_2(experts)}
         sizes["PLACES"] = triton.next_power_of_2(experts_per_token)
         tensors = (sums, correction_bias.contiguous(), weights, chosen)
-        _choose[(rows,)](*tensors, rows, experts, norm_min, **sizes, num_warps=1)
+        grid = (triton.cdiv(rows, _CHOOSERS),)
+        _choose[grid](*tensors, rows, experts, norm_min, **sizes, TOKENS=_CHOOSERS, num_warps=_CHOOSERS)
     return weights, chosen
 
 
@@ -70,7 +75,7 @@ def _multiply(
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     span = tl.program_id(2)
     total = tl.zeros((TOKENS, EXPERTS), dtype=tl.float32)
-    for start in range(0, SPAN, DEPTHS):
+    for start in range(0, tl.minimum(SPAN, depth - span * SPAN), DEPTHS):
         at = span * SPAN + start + tl.arange(0, DEPTHS)
         left = (token[:, None] < rows) & (at[None, :] < depth)
         inputs = tl.load(x + token[:, None] * depth + at[None, :], mask=left, other=0.0).to(tl.float32)
@@ -81,7 +86,7 @@ def _multiply(
     tl.store(sums + places, total, mask=(token[:, None] < rows) & (expert[None, :] < experts))
 
 
-# Bound by latency: one warp a token, two of 64 experts a thread, so that nothing waits for another warp.
+# Bound by latency: one warp a token, two of 64 experts a thread, so that no sum or maximum waits for another warp.
 @triton.jit
 def _choose(
     sums,
@@ -95,33 +100,35 @@ def _choose(
     K: tl.constexpr,
     LANES: tl.constexpr,
     PLACES: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):
-    """A token's `sums` [SPANS, rows, experts] -> its row [K] of `weights` and of `chosen`."""
-    token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    present = lane < experts
-    logits = tl.zeros((LANES,), dtype=tl.float32)
+    """Tokens' `sums` [SPANS, rows, experts] -> their rows [K] of `weights` and of `chosen`."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    inside = (token < rows) & (lane < experts)
+    logits = tl.zeros((TOKENS, LANES), dtype=tl.float32)
     for span in tl.static_range(SPANS):
-        logits += tl.load(sums + (span * rows + token) * experts + lane, mask=present, other=0.0)
-    logits = tl.where(present, logits, -float("inf"))
-    powers = tl.exp(logits - tl.max(logits, axis=0))
-    probabilities = powers / tl.sum(powers, axis=0)
-    scores = probabilities + tl.load(bias + lane, mask=present, other=0.0)
+        logits += tl.load(sums + (span * rows + token) * experts + lane, mask=inside, other=0.0)
+    logits = tl.where(lane < experts, logits, -float("inf"))
+    powers = tl.exp(logits - tl.max(logits, axis=1, keep_dims=True))
+    probabilities = powers / tl.sum(powers, axis=1, keep_dims=True)
+    scores = probabilities + tl.load(bias + lane, mask=lane < experts, other=0.0)
 
     # A score and its expert as one whole number: the order of floats, and of equals the first expert is the largest.
     bits = scores.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    lowest = tl.full((LANES,), -(2**63), dtype=tl.int64)
-    keys = tl.where(present, ordered.to(tl.int64) * LANES + (LANES - 1 - lane), lowest)
-    place = tl.arange(0, PLACES)
-    row_weights = tl.zeros((PLACES,), dtype=tl.float32)
-    row_experts = tl.zeros((PLACES,), dtype=tl.int64)
+    lowest = tl.full((TOKENS, LANES), -(2**63), dtype=tl.int64)
+    keys = tl.where(lane < experts, ordered.to(tl.int64) * LANES + (LANES - 1 - lane), lowest)
+    place = tl.arange(0, PLACES)[None, :]
+    row_weights = tl.zeros((TOKENS, PLACES), dtype=tl.float32)
+    row_experts = tl.zeros((TOKENS, PLACES), dtype=tl.int64)
     for k in range(K):
-        expert = LANES - 1 - (tl.max(keys, axis=0) & (LANES - 1))
-        weight = tl.sum(tl.where(lane == expert, probabilities, 0.0), axis=0)
+        expert = LANES - 1 - (tl.max(keys, axis=1, keep_dims=True) & (LANES - 1))
+        weight = tl.sum(tl.where(lane == expert, probabilities, 0.0), axis=1, keep_dims=True)
         row_weights = tl.where(place == k, weight, row_weights)
         row_experts = tl.where(place == k, expert, row_experts)
         keys = tl.where(lane == expert, lowest, keys)
-    divisor = tl.maximum(tl.sum(row_weights, axis=0), norm_min)
-    tl.store(weights + token * K + place, row_weights / divisor, mask=place < K)
-    tl.store(chosen + token * K + place, row_experts, mask=place < K)
+    divisors = tl.maximum(tl.sum(row_weights, axis=1, keep_dims=True), norm_min)
+    kept = (token < rows) & (place < K)
+    tl.store(weights + token * K + place, row_weights / divisors, mask=kept)
+    tl.store(chosen + token * K + place, row_experts, mask=kept)

@@ -73,13 +73,14 @@ def test_an_fp8_cache_ends_where_its_type_does(device: torch.device) -> None:
     rows, extremes = 2, [448.0, 464.0, 1e5, 3e38, -449.0, -1e9, 0.0, 2.0**-10]
     qkv = torch.zeros(rows, 4, 8)
     qkv[:, 1:] = torch.tensor(extremes)
+    qkv[:, 3, 6:] = torch.nan
     still = torch.ones(rows, 8, device=device), torch.zeros(rows, 8, device=device)
     mine = [part.to(device) for part in caches(4, 1, 8, FP8)]
     rotate_and_store(qkv.flatten(1).to(device), *still, torch.tensor([3, 8], device=device), *mine)
     stored = torch.tensor([448.0, 448.0, 448.0, 448.0, -448.0, -448.0, 0.0, 0.0])
-    for part in mine:
-        found = part.cpu().float().view(1, SLOTS, 8)
-        assert torch.equal(found[0, [3, 8]], stored.expand(2, 8))
+    for part, lost in zip(mine, (stored, stored.where(stored != 0, torch.nan)), strict=True):
+        found = part.cpu().float().view(SLOTS, 8)
+        assert torch.equal(found[[3, 8]].nan_to_num(nan=9.0), lost.nan_to_num(nan=9.0).expand(2, 8))
         assert (found == 7.0).all(-1).sum() == SLOTS - 2
 
 
@@ -106,10 +107,10 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         rotate_and_store(qkv, *tables, slots[:2], keys, values)
 
 
-def test_the_door_leads_to_it() -> None:
-    """`tern.ops` on what belongs to a GPU; a processor's cache has another shape, which the kernel would refuse."""
-    qkv, *tables, slots = step(3, (2, 1), 16)
-    mine, theirs = (caches(4, 1, 16, FP8) for _ in range(2))
+def test_the_door_leads_to_it(device: torch.device) -> None:
+    """`tern.ops` on what belongs to a GPU; a processor's cache has another shape, which the kernel refuses."""
+    qkv, *tables, slots = (tensor.to(device) for tensor in step(3, (2, 1), 16))
+    mine, theirs = ([part.to(device) for part in caches(4, 1, 16, FP8)] for _ in range(2))
     with interpreted():
         queries = ops.rotate_and_store(qkv, *tables, slots, *mine)
         with pytest.raises(ValueError, match="GPU's cache"):

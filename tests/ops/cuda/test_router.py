@@ -128,8 +128,8 @@ def test_what_does_not_fit_is_refused(device: torch.device) -> None:
         route(x, weight, bias[None], 2, 1e-12)
 
 
-def test_the_door_leads_to_it() -> None:
-    zeros = torch.zeros(5, 16)
+def test_the_door_leads_to_it(device: torch.device) -> None:
+    zeros = torch.zeros(5, 16, device=device)
     with interpreted(), pytest.raises(ValueError, match="5 experts cannot give 6"):
         ops.route(zeros, zeros, zeros[:, 0], 6, 1e-12)
     with interpreted():
