@@ -49,8 +49,8 @@ def route(
         sizes = {"SPANS": spans, "K": experts_per_token, "LANES": triton.next_power_of_2(experts)}
         sizes["PLACES"] = triton.next_power_of_2(experts_per_token)
         tensors = (sums, correction_bias.contiguous(), weights, chosen)
-        grid = (triton.cdiv(rows, _CHOOSERS),)
-        _choose[grid](*tensors, rows, experts, norm_min, **sizes, TOKENS=_CHOOSERS, num_warps=_CHOOSERS)
+        programs = triton.cdiv(rows, _CHOOSERS)
+        _choose[(programs,)](*tensors, rows, experts, norm_min, **sizes, TOKENS=_CHOOSERS, num_warps=_CHOOSERS)
     return weights, chosen
 
 
