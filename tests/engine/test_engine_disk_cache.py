@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,9 @@ def files(directory: Path) -> list[Path]:
     return sorted(found for found in directory.rglob("*") if found.is_file())
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU nothing is interpreted")
 def test_a_gpus_fp8_cache_outlives_its_engine(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
     answers = []
     for chunk, restored in ((64, 0), (4, 8)):
         sizes = {**SIZES, "max_num_batched_tokens": chunk, "max_num_seqs": 2}
