@@ -29,7 +29,7 @@ def bench(
     quantization: Annotated[
         str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
     ] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (CPU) or fp8 (GPU).")] = "auto",
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512",
     decode: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1",
     depth: Annotated[str, typer.Option(help="Tokens that are in the cache already.")] = "0",

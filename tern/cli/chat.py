@@ -37,7 +37,7 @@ def chat(
     quantization: Annotated[
         str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
     ] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (CPU) or fp8 (GPU).")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest conversation, tokens.")] = None,
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None,
     kv_cache_dir_size: Annotated[float | None, typer.Option(help="Most that it may hold, GB; default 20.")] = None,

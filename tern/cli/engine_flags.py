@@ -45,9 +45,9 @@ class EngineFlags:
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences running at once.")] = None
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Most tokens computed in one step.")] = None
     kv_cache_memory: Annotated[float | None, typer.Option(help="Memory for the KV cache, GiB.")] = None
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8: half the memory at long contexts.")] = (
-        "auto"
-    )
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="auto, bfloat16, or half its memory: int8 (CPU) or fp8 (GPU).")
+    ] = "auto"
     block_size: Annotated[int | None, typer.Option(hidden=True, help="Tokens in a KV block.")] = None
     prefix_caching: Annotated[
         bool,

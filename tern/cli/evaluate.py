@@ -39,7 +39,7 @@ def evaluate(
     quantization: Annotated[
         str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
     ] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16 or int8.")] = "auto",
+    kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (CPU) or fp8 (GPU).")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
     """Score a model on tasks of the lm-evaluation-harness (pip install 'tern-llm[eval]').

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tern import ops
-from tern.engine.options import EngineOptions
+from tern.engine.options import FP8_CACHE_DTYPES, EngineOptions
 from tern.errors import OptionError
 from tern.model.config import ErnieConfig
 
@@ -24,7 +24,24 @@ _CGROUP = "/sys/fs/cgroup"
 
 def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
     """What a cache keeps keys and values in, by the option `kv_cache_dtype`."""
+    if name in FP8_CACHE_DTYPES:
+        return torch.float8_e4m3fn
     return model_dtype if name == "auto" else getattr(torch, name)
+
+
+def narrow_cache(device: torch.device) -> str:
+    """The `kv_cache_dtype` of 8 bits on this kind of device."""
+    return FP8_CACHE_DTYPES[0] if ops.uses_gpu(device) else "int8"
+
+
+def check_cache_dtype(name: str, device: torch.device) -> None:
+    """Raise `OptionError` if the option `kv_cache_dtype` asks for 8 bits as another kind of device has them."""
+    if name in (("int8",) if ops.uses_gpu(device) else FP8_CACHE_DTYPES):
+        others, here = ("CPUs", "a GPU") if ops.uses_gpu(device) else ("GPUs", "a CPU")
+        raise OptionError(
+            f"kv_cache_dtype is {name!r}, which is for {others}: on {here} choose {narrow_cache(device)}, "
+            "which takes as little memory."
+        )
 
 
 def token_bytes(config: ErnieConfig, dtype: torch.dtype) -> int:
@@ -48,9 +65,16 @@ def resolve_max_model_len(options: EngineOptions, config: ErnieConfig) -> int:
 
 
 def resolve_num_blocks(
-    options: EngineOptions, config: ErnieConfig, dtype: torch.dtype, free_bytes: int, max_model_len: int
+    options: EngineOptions,
+    config: ErnieConfig,
+    dtype: torch.dtype,
+    free_bytes: int,
+    max_model_len: int,
+    narrow: str = "int8",
 ) -> int:
     """The number of cache blocks that the options ask for, or that a share of `free_bytes` holds.
+
+    `narrow` is the `kv_cache_dtype` to advise where memory is short (`narrow_cache`).
 
     Raises `OptionError`, with both sizes, if the options ask for more than is free, or for less than one full-length
     sequence takes.
@@ -73,7 +97,7 @@ def resolve_num_blocks(
         )
     if blocks < needed:
         fits = blocks * options.block_size
-        smaller = "" if options.kv_cache_dtype == "int8" else ", or choose kv_cache_dtype int8, which takes about half"
+        smaller = "" if dtype.itemsize == 1 else f", or choose kv_cache_dtype {narrow}, which takes about half"
         shorter = f"set max_model_len to at most {fits}, or " if fits > 1 else ""
         raise OptionError(
             f"A sequence of {max_model_len} tokens needs {needed} cache blocks ({_megabytes(needed * block_bytes)}), "

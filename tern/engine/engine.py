@@ -22,7 +22,14 @@ from tern.checkpoint import ModelSource, load_model, weights_identity
 from tern.engine.admission import Admission
 from tern.engine.block_files import open_directory
 from tern.engine.block_pool import BlockPool, IntegrityError
-from tern.engine.cache_size import cache_dtype, free_memory, resolve_max_model_len, resolve_num_blocks
+from tern.engine.cache_size import (
+    cache_dtype,
+    check_cache_dtype,
+    free_memory,
+    narrow_cache,
+    resolve_max_model_len,
+    resolve_num_blocks,
+)
 from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
 from tern.engine.options import EngineOptions
@@ -73,8 +80,10 @@ class Engine:
         free = free_memory(model.device)
         if self.drafter.predicted_drafts:  # its cache has one layer beside the decoder's
             free -= free // (model.config.num_hidden_layers + 1)
+        check_cache_dtype(options.kv_cache_dtype, model.device)
         kv_dtype = cache_dtype(options.kv_cache_dtype, model.dtype)
-        num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free, self.max_model_len)
+        narrow = narrow_cache(model.device)
+        num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free, self.max_model_len, narrow)
         self.runner = Runner(
             model,
             num_blocks=num_blocks,
@@ -119,6 +128,7 @@ class Engine:
             open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         device = _device(options.device)
+        check_cache_dtype(options.kv_cache_dtype, torch.device(device))
         began = time.perf_counter()
         model = load_model(source, dtype=dtype, device=device, quantization=options.quantization, progress=progress)
         logger.info("weights and kernels: %.1f s", time.perf_counter() - began)

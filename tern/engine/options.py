@@ -12,7 +12,8 @@ from tern.engine.speculative_config import options_of
 from tern.errors import OptionError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_DTYPES = ("auto", "bfloat16", "int8")
+FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # the same, the second as vLLM names it
+KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", *FP8_CACHE_DTYPES)
 QUANTIZATIONS = ("wint4", "wint8", "none")
 SPECULATIONS = ("auto", "off", "ngram", "mtp")
 DEFAULT_KV_CACHE_DIR_SIZE = 20_000_000_000
@@ -32,15 +33,16 @@ class EngineOptions:
     two tokens; None sets no aim.
     `block_size`: tokens a cache block holds. The cache's size is `num_kv_blocks` blocks or `kv_cache_memory` bytes or,
     with neither, what `tern.engine.cache_size` takes from free memory; `kv_cache_dtype` is what its keys and values are
-    kept in: "auto" is the model's own type, "int8" about half of bfloat16's memory. `enable_prefix_caching` reuses the
-    blocks of prompts that begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most
-    `kv_cache_dir_size` bytes together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before
-    new ones are refused; `max_queue_tokens`: tokens of their prompts that may, save that a single one always may; None
-    never refuses. `dtype` and `device` are those of the loaded model. `quantization` packs
-    its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); "none" keeps them floats; None does as the files
-    suggest: floats stay floats, weights of few bits are packed on the CPU. `speculation` says who drafts tokens that a
-    step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where there
-    is one, "off" nobody; drafts are made only while they pay, and answers are the same with and without.
+    kept in: "auto" is the model's own type; "int8" on a CPU and "fp8" (or "fp8_e4m3") on a GPU take about half of
+    bfloat16's memory. `enable_prefix_caching` reuses the blocks of prompts that begin alike; in the directory
+    `kv_cache_dir` they outlive the engine, in files of at most `kv_cache_dir_size` bytes together (None:
+    `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before new ones are refused;
+    `max_queue_tokens`: tokens of their prompts that may, save that a single one always may; None never refuses.
+    `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in 4 or 8
+    bits ("wint4", "wint8"); "none" keeps them floats; None does as the files suggest: floats stay floats, weights of
+    few bits are packed on the CPU. `speculation` says who drafts tokens that a step then verifies: "ngram" copies from
+    the text so far, "mtp" is the model's own predictor, "auto" both where there is one, "off" nobody; drafts are made
+    only while they pay, and answers are the same with and without.
     `num_speculative_tokens`: most drafts of a sequence in a step; None is what `tern.engine.drafts` finds good.
     `prompt_lookup_min` to `prompt_lookup_max` tokens must agree before "ngram" copies what follows.
     `check_integrity_when_idle` verifies the engine's books each time it runs out of work.

@@ -100,6 +100,10 @@ def swiglu(x: Tensor, layer: SwiGLUWeights) -> Tensor:
 
 
 def _gated(x: Tensor) -> reference.Gated:
+    if on_gpu(x):
+        from tern.ops import cuda
+
+        return cuda.silu_mul
     # torch rounds an element at the end of a thread's share otherwise than one in the middle.
     return cpu.silu_mul if cpu.can_norm(x) else reference.silu_mul
 
@@ -119,6 +123,10 @@ def route(
     x: Tensor, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
 ) -> tuple[Tensor, Tensor]:
     """The experts of each token -> (weights [T, K] float32, experts [T, K] int64); see `tern.ops.reference.route`."""
+    if on_gpu(x):
+        from tern.ops import cuda
+
+        return cuda.route(x, router, correction_bias, experts_per_token, norm_min)
     if cpu.can_norm(x):
         return cpu.route(x, router, correction_bias, experts_per_token, norm_min)
     return reference.route(x, router, correction_bias, experts_per_token, norm_min)
@@ -139,6 +147,10 @@ def rotate_and_store(
     qkv: Tensor, cosines: Tensor, signed_sines: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
     """Turn queries and keys, store keys and values -> queries; see `tern.ops.reference.rotate_and_store`."""
+    if on_gpu(qkv):
+        from tern.ops import cuda
+
+        return cuda.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
     if cpu.can_attend(value_cache) and cpu.can_norm(qkv):
         return cpu.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
     return reference.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)

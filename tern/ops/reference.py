@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tern.ops.gpu_weights import FP8, FP8_MAX
 from tern.ops.rounding import round_to_bytes
 from tern.ops.swiglu import SwiGLUWeights
 
@@ -207,7 +208,8 @@ def cached_head_dim(value_cache: Tensor) -> int:
 def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Store one layer's new keys and values, in place.
 
-    Caches as in `kv_cache_shapes`; `keys`, `values` [T, G, D]; `slots` [T] are block * block_size + offset.
+    Caches as in `kv_cache_shapes`; `keys`, `values` [T, G, D]; `slots` [T] are block * block_size + offset. Beyond the
+    range of a float8_e4m3fn cache its end is stored.
     """
     key_cache, value_cache = key_cache.transpose(0, 1), value_cache.transpose(0, 1)
     block_size, rows, head_dim = key_cache.shape[3], value_cache.shape[4], keys.shape[2]
@@ -219,19 +221,27 @@ def write_kv(key_cache: Tensor, value_cache: Tensor, keys: Tensor, values: Tenso
         key_cache[blocks, :, -1, offsets] = _as_bytes(key_scales)
         value_cache[blocks, :, quads, head_dim + tokens] = _as_bytes(value_scales)
     units = keys.view(*keys.shape[:2], head_dim // key_cache.shape[4], key_cache.shape[4])
+    if value_cache.dtype == FP8:
+        units, values = (x.float().clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8) for x in (units, values))
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     key_cache[blocks, :, : units.shape[2], offsets] = units.to(key_cache.dtype)
     value_cache[blocks, :, quads, :head_dim, tokens] = values.to(value_cache.dtype)
 
 
 def read_kv(key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """What `write_kv` stored in `slots` [T]: keys and values [T, G, D], float32 where the cache is int8."""
+    """What `write_kv` stored in `slots` [T]: keys and values [T, G, D], float32 where the cache is of 8 bits."""
     key_cache, value_cache = key_cache.transpose(0, 1), value_cache.transpose(0, 1)
     block_size, rows, head_dim = key_cache.shape[3], value_cache.shape[4], cached_head_dim(value_cache)
     blocks, offsets = slots // block_size, slots % block_size
     quads, tokens = offsets // rows, offsets % rows
+    dtype = value_cache.dtype
+    if dtype == FP8:
+        key_cache, value_cache = key_cache.view(torch.uint8), value_cache.view(torch.uint8)
     keys = key_cache[blocks, :, : head_dim // key_cache.shape[4], offsets].flatten(2)
     values = value_cache[blocks, :, quads, :head_dim, tokens]
-    if value_cache.dtype != torch.int8:
+    if dtype == FP8:
+        return keys.view(FP8).float(), values.view(FP8).float()
+    if dtype != torch.int8:
         return keys, values
     key_scales = key_cache[blocks, :, -1, offsets].view(torch.float32)
     value_scales = value_cache[blocks, :, quads, head_dim + tokens].view(torch.float32)

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import threading
 import weakref
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_fakes import EOS, HashModel, Recorder, add, make_engine, make_request, run
 from test_engine_model import ANSWER, PROMPTS, network, plain_answer
 
 from tern.checkpoint import resolve_model
 from tern.engine import Engine, EngineOptions, EngineService, FinishReason, disk_cache
 from tern.errors import OptionError
+from tern.ops.placement import interpreted
 
 SIZES = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
 DOCUMENT = [(number * 37) % 50 + 3 for number in range(70)]
@@ -52,6 +55,23 @@ def ask_once(directory: Path, prompt: list[int] = DOCUMENT, **fields: Any) -> Re
 
 def files(directory: Path) -> list[Path]:
     return sorted(found for found in directory.rglob("*") if found.is_file())
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU nothing is interpreted")
+def test_a_gpus_fp8_cache_outlives_its_engine(tmp_path: Path) -> None:
+    answers = []
+    for chunk, restored in ((64, 0), (4, 8)):
+        sizes = {**SIZES, "max_num_batched_tokens": chunk, "max_num_seqs": 2}
+        own = {"kv_cache_dtype": "fp8", "kv_cache_dir": tmp_path, "speculation": "off"}
+        with interpreted():
+            options = EngineOptions.from_keywords(**sizes, **own)
+            engine = Engine(network("dense"), {EOS}, options, weights_identity="a")
+            answers.append(ask(engine, DOCUMENT[:11], max_tokens=3).ids)
+            engine.close()
+        assert engine.runner.kv.keys.dtype == torch.float8_e4m3fn
+        assert engine.stats().disk_hit_tokens == restored
+    assert answers[0] == answers[1]
 
 
 def test_a_restart_computes_only_what_is_new(tmp_path: Path) -> None:

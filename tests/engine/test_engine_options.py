@@ -8,9 +8,11 @@ import pytest
 import torch
 from engine_fakes import HashModel, add, make_engine, run
 
-from tern.engine import EngineOptions
-from tern.engine.cache_size import free_memory, resolve_num_blocks, token_bytes
+from tern.checkpoint import resolve_model
+from tern.engine import Engine, EngineOptions
+from tern.engine.cache_size import cache_dtype, free_memory, resolve_num_blocks, token_bytes
 from tern.errors import OptionError
+from tern.ops.placement import interpreted
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ from tern.errors import OptionError
         ({"block_size": 0}, "block_size is 0"),
         ({"num_kv_blocks": 0}, "num_kv_blocks is 0"),
         ({"kv_cache_memory": -5}, "kv_cache_memory is -5"),
-        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4': it must be one of auto, bfloat16, int8"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4': it must be one of auto, bfloat16, int8, fp8"),
         (
             {"kv_cache_dtype": "int8", "block_size": 6},
             "block_size is 6: with kv_cache_dtype int8 it must be a multiple",
@@ -77,6 +79,34 @@ def test_the_defaults_hold_full_sequences_and_stay_within_a_share_of_memory() ->
         blocks(10**12, kv_cache_memory=1)
     with pytest.raises(OptionError, match="kv_cache_memory gives 62"):
         blocks(10**12, kv_cache_memory=63 * per_block - 1)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e4m3"])
+def test_a_cpu_has_no_fp8_cache(name: str) -> None:
+    source = resolve_model(None)
+    options = EngineOptions(kv_cache_dtype=name, device="cpu", num_kv_blocks=10)
+    words = f"kv_cache_dtype is '{name}', which is for GPUs: on a CPU choose int8"
+    with pytest.raises(OptionError, match=words):
+        Engine.open(source, options, progress=False)
+    with pytest.raises(OptionError, match=words):
+        make_engine(kv_cache_dtype=name)
+
+
+def test_a_gpu_has_no_int8_cache() -> None:
+    with interpreted(), pytest.raises(OptionError, match="'int8', which is for CPUs: on a GPU choose fp8"):
+        make_engine(kv_cache_dtype="int8")
+    with interpreted(), pytest.raises(OptionError, match="or choose kv_cache_dtype fp8, which takes about half"):
+        make_engine(num_kv_blocks=1)
+    with pytest.raises(OptionError, match="or choose kv_cache_dtype int8, which takes about half"):
+        make_engine(num_kv_blocks=1)
+
+
+def test_caches_of_8_bits() -> None:
+    config = resolve_model(None).config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    assert {cache_dtype(name, torch.bfloat16) for name in ("fp8", "fp8_e4m3")} == {torch.float8_e4m3fn}
+    assert token_bytes(config, torch.float8_e4m3fn) == numbers
+    assert token_bytes(config, torch.bfloat16) == 2 * numbers
 
 
 def test_a_length_beyond_the_model_is_refused() -> None:

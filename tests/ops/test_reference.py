@@ -198,6 +198,25 @@ def test_write_kv_fills_its_slots_and_no_others(dtype: torch.dtype, head_dim: in
     reference.write_kv(keys, values, new_keys[:0], new_values[:0], torch.zeros(0, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_an_fp8_cache_holds_what_rounding_leaves_and_ends_where_its_type_does(gpu: bool) -> None:
+    fp8 = torch.float8_e4m3fn
+    shapes = reference.kv_cache_shapes(3, 4, 2, 8, fp8, gpu=gpu)
+    keys, values = (torch.full(shape, 2.0).to(fp8) for shape in shapes)
+    new_keys, new_values = noise(3, 2, 8, scale=100.0).bfloat16(), noise(3, 2, 8, seed=1).bfloat16()
+    new_keys[0, 1, 3], new_keys[0, 0, 0], new_values[2, 0, 5] = 1e6, math.nan, -math.inf
+    slots = torch.tensor([9, 0, 7])
+    reference.write_kv(keys, values, new_keys, new_values, slots)
+    for found, new in zip(reference.read_kv(keys, values, torch.arange(12)), (new_keys, new_values), strict=True):
+        assert found.dtype == torch.float32
+        expected = new.double().clamp(-448.0, 448.0)
+        exponents = expected.abs().clamp(min=2.0**-6).log2().floor()
+        expected = (expected / 2.0 ** (exponents - 3)).round() * 2.0 ** (exponents - 3)
+        assert torch.equal(found[slots].double().nan_to_num(), expected.nan_to_num())
+        assert torch.equal(found[slots].isnan(), new.isnan())
+        assert (found == 2.0).flatten(1).all(-1).sum() == 9
+
+
 def test_write_kv_into_one_layer_of_a_cache_of_another_type() -> None:
     cache = torch.zeros(2, *reference.kv_cache_shapes(2, 4, 1, 2, torch.bfloat16)[0], dtype=torch.bfloat16)
     values = torch.zeros(reference.kv_cache_shapes(2, 4, 1, 2, torch.bfloat16)[1], dtype=torch.bfloat16)

@@ -3,6 +3,9 @@
 Imported when a tensor lies on a GPU, or by a test: an installation for processors has no Triton and never looks for it.
 """
 
-from tern.ops.cuda.norms import add_rms_norm
+from tern.ops.cuda.gates import silu_mul, silu_mul_to_fp8
+from tern.ops.cuda.norms import add_rms_norm, add_rms_norm_to_fp8
+from tern.ops.cuda.rotary import rotate_and_store
+from tern.ops.cuda.router import route
 
-__all__ = ["add_rms_norm"]
+__all__ = ["add_rms_norm", "add_rms_norm_to_fp8", "rotate_and_store", "route", "silu_mul", "silu_mul_to_fp8"]

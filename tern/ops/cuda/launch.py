@@ -15,6 +15,9 @@ INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # too late if something else has imported triton before
 
+# Products and sums may be fused; said aloud, since Triton warns where nobody chose.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
@@ -31,9 +34,28 @@ def dot(a, b, total, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """float32 `x` rounded to `dtype`, ties to even; by hand for bfloat16 where the interpreter would cut it off."""
+    """float32 `x` rounded to `dtype`, ties to even; what lies beyond float8_e4m3fn's range becomes its end.
+
+    By hand for bfloat16 and float8_e4m3fn under the interpreter, which would cut off.
+    """
+    if dtype == tl.float8e4nv:
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERPRETED:
+            return _narrow_to_fp8(x)
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(dtype)
     return x.to(dtype)
+
+
+@triton.jit
+def _narrow_to_fp8(x):
+    """float32 `x` within +-448, or NaN, to float8_e4m3fn: 3 bits of mantissa, steps of 2^-9 below 2^-6."""
+    bits = x.to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+    # 1.5 * 2^14: a float32 that large has steps of 2^-9.
+    rounded = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)
+    code = rounded.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    code = tl.where(x != x, 0x7F, code & 0x7F) | (bits >> 24 & 0x80)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)

@@ -1,0 +1,34 @@
+"""Rows rounded to fp8 by groups, for kernels that make such rows. As `tern.ops.gpu_weights.round_rows_to_fp8`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tern.ops.cuda.launch import narrow, tl, triton
+from tern.ops.gpu_weights import BLOCK, FP8
+
+
+def empty_fp8_rows(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Room for rounded rows: float8_e4m3fn [rows, width] and their scales, float32 [rows, ceil(width / 128)]."""
+    values = torch.empty(rows, width, dtype=FP8, device=device)
+    return values, torch.empty(rows, -(-width // BLOCK), dtype=torch.float32, device=device)
+
+
+@triton.jit
+def store_as_fp8(x, values, scales, first, width, BLOCK: tl.constexpr, GROUP: tl.constexpr, INTERPRETED: tl.constexpr):
+    """A row's columns from `first` on, float32 `x` [BLOCK] with zeros beyond `width`, to where the row's values begin.
+
+    `scales` is where the row's scales begin. GROUP divides `first` and BLOCK. The divisions round as IEEE says, since
+    the largest of a group must become 448.
+    """
+    GROUPS: tl.constexpr = BLOCK // GROUP
+    grouped = tl.reshape(x, (GROUPS, GROUP))
+    peaks = tl.max(tl.abs(grouped), axis=1)
+    steps = tl.where(peaks > 0, tl.div_rn(peaks, 448.0), 1.0)
+    spread = tl.broadcast_to(steps[:, None], (GROUPS, GROUP))
+    groups = first // GROUP + tl.arange(0, GROUPS)
+    columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    codes = narrow(tl.div_rn(grouped, spread), values.dtype.element_ty, INTERPRETED)
+    tl.store(values + columns, codes, mask=columns < width)
+    tl.store(scales + groups, steps, mask=groups * GROUP < width)
