@@ -4,5 +4,6 @@ Imported when a tensor lies on a GPU, or by a test: an installation for processo
 """
 
 from tern.ops.cuda.norms import add_rms_norm
+from tern.ops.cuda.sampling import draw, keep_allowed, largest
 
-__all__ = ["add_rms_norm"]
+__all__ = ["add_rms_norm", "draw", "keep_allowed", "largest"]
