@@ -71,7 +71,7 @@ def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint
 def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:
     """Draw a token id for every row of `logits` [rows, vocab], whose largest are `peaks`: [rows] int64.
 
-    The logits are float32 and are overwritten; each row has a finite peak.
+    The logits are float32 and are overwritten. A row without a finite peak gets some token of the vocabulary.
     """
     draws = draws.to(logits.device)
     scores = logits.sub_(peaks[:, None]).div_(draws.temperatures[:, None])

@@ -25,6 +25,8 @@ def send(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tenso
     starts = [0]
     for size in sizes:
         starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    if not starts[-1]:
+        return [tensor.to(device) for tensor in tensors]
     parcel = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for tensor, start, size in zip(tensors, starts, sizes, strict=False):
         parcel[start : start + size] = tensor.view(-1).view(torch.uint8)
@@ -44,7 +46,7 @@ class Arrival:
         if tensor.device.type == "cuda":
             self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._values.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(tensor.device))
 
     def tolist(self) -> list[Any]:
