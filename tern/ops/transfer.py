@@ -13,27 +13,33 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tern.ops.placement import uses_gpu
+
 _ALIGNMENT = 16  # bytes; a view of the copy begins where any dtype may, and where a kernel reads widest
+_DTYPES = {
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 def send(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Tensors on `device` with what `arrays` hold, in one copy; the host does not wait for it."""
-    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    if device.type == "cpu":
-        return tensors
-    sizes = [tensor.nbytes for tensor in tensors]
+    arrays = [np.ascontiguousarray(array) for array in arrays]
+    if not uses_gpu(device):
+        return [torch.from_numpy(array) for array in arrays]
     starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-    if not starts[-1]:
-        return [tensor.to(device) for tensor in tensors]
-    parcel = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for tensor, start, size in zip(tensors, starts, sizes, strict=False):
-        parcel[start : start + size] = tensor.view(-1).view(torch.uint8)
+    for array in arrays:
+        starts.append(starts[-1] + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT)
+    parcel = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda" and starts[-1] > 0)
+    memory = parcel.numpy()
+    for array, start in zip(arrays, starts, strict=False):
+        memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
     sent = parcel.to(device, non_blocking=True)
     return [
-        sent[start : start + size].view(tensor.dtype).view(tensor.shape)
-        for tensor, start, size in zip(tensors, starts, sizes, strict=False)
+        sent[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+        for array, start in zip(arrays, starts, strict=False)
     ]
 
 
