@@ -36,7 +36,7 @@ from torch import Tensor
 from tern import ops
 from tern.engine.logit_edits import plan_edits
 from tern.engine.request import GeneratedToken, ScoredToken, TokenLogprob
-from tern.engine.sampling_state import SamplingRow, SamplingState, uniform
+from tern.engine.sampling_state import SamplingRow, uniform
 from tern.ops.transfer import Arrival, send
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Sampler:
             row for row, s in enumerate(sequences) if row in masks or states[row].edits_logits(s.num_generated_tokens)
         ]
         edits = plan_edits(edited, sequences, masks)
-        columns = _draws([states[row] for row in drawn], [sequences[row] for row in drawn], logits.shape[1])
+        columns = _draws([sequences[row] for row in drawn], logits.shape[1]) if drawn else []
         indices = [np.array(rows, np.int64) for rows in (scored, edited, drawn)]
         arrays = (array for edit in edits for array in edit.arrays)
         scored_rows, edited_rows, drawn_rows, *sent = send([*indices, *columns, *arrays], logits.device)
@@ -184,10 +184,10 @@ def _not_finite_rows(peaks: Tensor) -> list[int]:
     return [row for row, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
 
 
-def _draws(states: Ordered[SamplingState], rows: Ordered[SamplingRow], vocab: int) -> list[npt.NDArray[Any]]:
+def _draws(rows: Ordered[SamplingRow], vocab: int) -> list[npt.NDArray[Any]]:
     """The columns of `ops.Draws`, in its order."""
-    params = [state.params for state in states]
-    numbers = [uniform(state.stream, row.num_generated_tokens) for state, row in zip(states, rows, strict=True)]
+    params = [row.sampling.params for row in rows]
+    numbers = [uniform(row.sampling.stream, row.num_generated_tokens) for row in rows]
     return [
         np.array(numbers, np.float64),
         np.array([p.temperature for p in params], np.float32),
