@@ -61,6 +61,16 @@ def some_draws(rng: random.Random, rows: int, vocab: int) -> Draws:
     )
 
 
+def agreeing(tokens: torch.Tensor, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Which `tokens` [rows] the reference draws too, by the same number or one next to it: sums differ in last bits."""
+    peaks, _ = reference_sampling.largest(logits)
+    agree = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for slack in (-1e-6, 0.0, 1e-6):
+        moved = replace(draws, uniforms=(draws.uniforms + slack).clamp(0, 1 - 2**-53))
+        agree |= tokens == reference_sampling.draw(logits.clone(), peaks, moved)
+    return agree
+
+
 def both(logits: torch.Tensor, draws: Draws, device: torch.device) -> tuple[list[int], list[int]]:
     """The tokens of the kernels and of the reference, which computes on the CPU."""
     peaks, _ = reference_sampling.largest(logits)
@@ -103,8 +113,10 @@ def test_draws_are_those_of_the_reference(width: int, rows: int, rounded: bool, 
     logits = noise(rows * MANY, width, seed=width) * 2
     logits = logits.bfloat16().float() if rounded else logits
     logits[rng.randrange(rows), 1:] = -math.inf
-    found, expected = both(logits, some_draws(rng, len(logits), width), device)
-    assert found == expected
+    draws = some_draws(rng, len(logits), width)
+    found, expected = both(logits, draws, device)
+    assert agreeing(torch.tensor(found), logits, draws).all()
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= len(found) // 100
 
 
 def test_evenly_spread_uniforms_give_the_tokens_of_the_reference(device: torch.device) -> None:
@@ -238,9 +250,4 @@ def test_a_whole_vocabulary_in_a_graph(scale: float, device: torch.device) -> No
     for seed in (1, 2):
         logits.copy_((noise(rows, vocab, seed=seed) * scale).bfloat16())
         graph.replay()
-        peaks, _ = reference_sampling.largest(logits)
-        agree = torch.zeros(rows, dtype=torch.bool, device=device)
-        for slack in (-1e-6, 0.0, 1e-6):  # sums differ in their last bits
-            moved = replace(draws, uniforms=(draws.uniforms + slack).clamp(0, 1 - 2**-53))
-            agree |= tokens == reference_sampling.draw(logits.clone(), peaks, moved)
-        assert agree.all()
+        assert agreeing(tokens, logits, draws).all()
