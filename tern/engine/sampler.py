@@ -12,6 +12,9 @@ A row goes through the moves below; a batch of plain greedy rows stops after the
 
 The order of the filters is vLLM's. Only the rows that ask for a move pay for it. Log-probabilities are those of the
 logits as the model gave them.
+
+What the host knows of the rows goes to the device in one copy, and what was chosen comes back in one, which is waited
+for last: between `begin` and `finish` the device has its work and the host is free.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from array import array
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Ordered
-from typing import Protocol
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +34,10 @@ import torch
 from torch import Tensor
 
 from tern import ops
+from tern.engine.logit_edits import plan_edits
 from tern.engine.request import GeneratedToken, ScoredToken, TokenLogprob
-from tern.engine.sampling_state import SamplingState, uniform
+from tern.engine.sampling_state import SamplingRow, uniform
+from tern.ops.transfer import Arrival, send
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +50,43 @@ GRAMMAR_FAILED = (
 )
 
 
-class SamplingRow(Protocol):
-    """What the sampler reads of the sequence that a row of logits belongs to."""
+_BROKEN, _MASKED = -1, -2
+"""What stands in place of a token where there is none: by the logits of the model, or by what the request forbids."""
 
-    @property
-    def sampling(self) -> SamplingState: ...
 
-    @property
-    def token_ids(self) -> array[int]: ...
+@dataclass(frozen=True)
+class Choice:
+    """Tokens that are being chosen.
 
-    @property
-    def num_generated_tokens(self) -> int: ...
+    `tokens` [rows] int64 lie on the device, for what it computes next; of a row that failed it is some token of the
+    vocabulary. `failures` are the sentences that were known before, by row. `raw` [len(scored), vocab] are the logits
+    of the rows that want log-probabilities, `num_top` of how many tokens.
+    """
 
-    @property
-    def ahead(self) -> Ordered[int]: ...
+    tokens: Tensor
+    outcomes: Arrival
+    failures: Mapping[int, str]
+    scored: Ordered[int]
+    num_top: Ordered[int]
+    scored_tokens: Tensor | None
+    raw: Tensor | None
+
+    def finish(self) -> list[GeneratedToken | str]:
+        """Wait for the tokens: one a row, or the sentence that ends that row's request."""
+        outcomes = self.outcomes.tolist()
+        logprobs: dict[int, GeneratedToken] = {}
+        if self.raw is not None and self.scored_tokens is not None:
+            scores = _scores(self.raw, self.scored_tokens, self.num_top)
+            for row, (own, top) in zip(self.scored, scores, strict=True):
+                logprobs[row] = GeneratedToken(own.token_id, own, top)
+        return [self._answer(row, outcome, logprobs.get(row)) for row, outcome in enumerate(outcomes)]
+
+    def _answer(self, row: int, outcome: int, scored: GeneratedToken | None) -> GeneratedToken | str:
+        if outcome == _BROKEN:
+            return NOT_FINITE
+        if row in self.failures:
+            return self.failures[row]
+        return ALL_MASKED if outcome == _MASKED else scored or GeneratedToken(outcome)
 
 
 class Sampler:
@@ -71,46 +100,57 @@ class Sampler:
 
         The logits are float32 and are overwritten.
         """
-        states = [sequence.sampling for sequence in sequences]
-        drawn = [row for row, state in enumerate(states) if not state.greedy]
-        scored = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        return self.begin(logits, sequences).finish()
 
-        raw = logits[_index(scored, logits)] if scored else None
-        peaks, tokens = ops.largest(logits)
-        broken = dict.fromkeys(_not_finite_rows(peaks), NOT_FINITE)
-        masks = self._masks(sequences, logits.shape[1], broken)
+    def begin(self, logits: Tensor, sequences: Ordered[SamplingRow]) -> Choice:
+        """As `sample`, but without waiting for the device."""
+        states = [sequence.sampling for sequence in sequences]
+        scored = [row for row, state in enumerate(states) if state.params.logprobs is not None]
+        drawn = [row for row, state in enumerate(states) if not state.greedy]
+        failures: dict[int, str] = {}
+        masks = self._masks(sequences, logits.shape[1], failures)
         edited = [
             row for row, s in enumerate(sequences) if row in masks or states[row].edits_logits(s.num_generated_tokens)
         ]
+        edits = plan_edits(edited, sequences, masks)
+        columns = _draws([sequences[row] for row in drawn], logits.shape[1]) if drawn else []
+        indices = [np.array(rows, np.int64) for rows in (scored, edited, drawn)]
+        arrays = (array for edit in edits for array in edit.arrays)
+        scored_rows, edited_rows, drawn_rows, *sent = send([*indices, *columns, *arrays], logits.device)
+
+        raw = logits[scored_rows] if scored else None
+        peaks, tokens = ops.largest(logits)
+        sound = peaks.abs() < math.inf
         if edited:
-            _edit(logits, edited, sequences, masks)
+            tensors = iter(sent[len(columns) :])
+            for edit in edits:
+                edit.apply(logits, *islice(tensors, len(edit.arrays)))
             self._keep(logits, masks)
-            rows = _index(edited, logits)
-            peaks[rows], tokens[rows] = ops.largest(logits[rows])
-            for row in _not_finite_rows(peaks):
-                broken.setdefault(row, ALL_MASKED)
-        drawn = [row for row in drawn if row not in broken]
+            peaks[edited_rows], tokens[edited_rows] = ops.largest(logits[edited_rows])
         if drawn:
-            rows = _index(drawn, logits)
-            chosen = [states[row] for row in drawn]
-            counters = [sequences[row].num_generated_tokens for row in drawn]
-            scores = logits if len(drawn) == len(sequences) else logits[rows]
-            tokens[rows] = ops.draw(scores, peaks[rows], _draws(chosen, counters, logits.shape[1]))
-        logprobs = {} if raw is None else _logprobs(raw, scored, tokens, states)
-        return [
-            broken[row] if row in broken else logprobs.get(row) or GeneratedToken(token)
-            for row, token in enumerate(tokens.tolist())
-        ]
+            every = len(drawn) == len(sequences)
+            chosen = (logits, peaks) if every else (logits[drawn_rows], peaks[drawn_rows])
+            tokens[drawn_rows] = ops.draw(*chosen, ops.Draws(*sent[: len(columns)]))
+        outcomes = torch.where(peaks.abs() < math.inf, tokens, _MASKED) if edited else tokens
+        return Choice(
+            tokens=tokens,
+            outcomes=Arrival(torch.where(sound, outcomes, _BROKEN)),
+            failures=failures,
+            scored=scored,
+            num_top=[states[row].params.logprobs or 0 for row in scored],
+            scored_tokens=tokens[scored_rows] if scored else None,
+            raw=raw,
+        )
 
     def _masks(
-        self, sequences: Ordered[SamplingRow], vocab: int, broken: dict[int, str]
+        self, sequences: Ordered[SamplingRow], vocab: int, failures: dict[int, str]
     ) -> dict[int, npt.NDArray[np.uint32]]:
-        """What the grammars of the rows allow: row -> bits [ceil(vocab / 32)]. A grammar that fails breaks its row."""
+        """What the grammars of the rows allow: row -> bits [ceil(vocab / 32)]. A grammar that fails fails its row."""
         started = time.perf_counter()
         masks = {}
         for row, sequence in enumerate(sequences):
             grammar = sequence.sampling.grammar
-            if grammar is None or row in broken:
+            if grammar is None:
                 continue
             mask = np.zeros(-(-vocab // 32), np.uint32)
             try:
@@ -118,7 +158,7 @@ class Sampler:
                     masks[row] = sequence.sampling.narrow(mask, sequence.token_ids)
             except Exception:
                 logger.exception("A grammar failed")
-                broken[row] = GRAMMAR_FAILED
+                failures[row] = GRAMMAR_FAILED
         self.grammar_seconds += time.perf_counter() - started
         return masks
 
@@ -140,79 +180,21 @@ def score(logits: Tensor, token_ids: Ordered[int], num_top: Ordered[int]) -> lis
     return [ScoredToken(own.token_id, own, top) for own, top in _scores(logits, chosen, num_top)]
 
 
-def _index(rows: Ordered[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=like.device)
-
-
 def _not_finite_rows(peaks: Tensor) -> list[int]:
     return [row for row, peak in enumerate(peaks.tolist()) if not math.isfinite(peak)]
 
 
-def _edit(logits: Tensor, rows: Ordered[int], sequences: Ordered[SamplingRow], held: Container[int]) -> None:
-    """Apply bias, penalties and masks to `rows` of `logits` [rows, vocab], in place.
-
-    The masks of rows that are `held` by a grammar stand in the grammar's.
-    """
-    states = [(row, sequences[row].sampling) for row in rows]
-    biased = [(row, state.bias_ids, state.bias_values) for row, state in states if len(state.bias_ids)]
-    if biased:
-        at = _entries([(row, ids) for row, ids, _ in biased], logits)
-        logits[at] += torch.from_numpy(np.concatenate([values for _, _, values in biased])).to(logits.device)
-    penalised = [(row, state) for row, state in states if state.penalised]
-    if penalised:
-        _penalise(logits, penalised, sequences)
-    for row, state in states:
-        if len(state.allowed_ids):
-            _keep_only(logits[row], torch.from_numpy(state.allowed_ids).to(logits.device))
-    masked = [(row, state.masked_ids(sequences[row].token_ids)) for row, state in states if row not in held]
-    if any(len(ids) for _, ids in masked):
-        logits[_entries(masked, logits)] = -math.inf
-
-
-def _penalise(logits: Tensor, rows: Ordered[tuple[int, SamplingState]], sequences: Ordered[SamplingRow]) -> None:
-    """Repetition divides positive and multiplies negative logits; presence and frequency subtract."""
-    histories = []
-    for row, state in rows:
-        state.catch_up(sequences[row].token_ids)
-        assert state.history is not None
-        histories.append((row, state.history.ids, state.history.counts))
-    at = _entries([(row, ids) for row, ids, _ in histories], logits)
-    counts = torch.from_numpy(np.concatenate([counts for _, _, counts in histories])).to(logits.device)
-    lengths = torch.tensor([len(ids) for _, ids, _ in histories])
-    penalties = torch.tensor(
-        [(s.params.repetition_penalty, s.params.presence_penalty, s.params.frequency_penalty) for _, s in rows]
-    )
-    repetition, presence, frequency = penalties.repeat_interleave(lengths, dim=0).to(logits.device).unbind(1)
-    values = logits[at]
-    values = torch.where(values > 0, values / repetition, values * repetition)
-    logits[at] = values - presence * (counts > 0) - frequency * counts
-
-
-def _keep_only(scores: Tensor, token_ids: Tensor) -> None:
-    """Mask all but `token_ids` in one row of logits [vocab], in place."""
-    kept = scores[token_ids]
-    scores.fill_(-math.inf)
-    scores[token_ids] = kept
-
-
-def _entries(parts: Ordered[tuple[int, np.ndarray]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries (row, token) of a matrix, for rows given with their token ids."""
-    lengths = [len(ids) for _, ids in parts]
-    rows = np.repeat(np.array([row for row, _ in parts], np.int64), lengths)
-    tokens = np.concatenate([ids for _, ids in parts])
-    return torch.from_numpy(rows).to(like.device), torch.from_numpy(tokens).to(like.device)
-
-
-def _draws(states: Ordered[SamplingState], counters: Ordered[int], vocab: int) -> ops.Draws:
-    params = [state.params for state in states]
-    numbers = [uniform(state.stream, counter) for state, counter in zip(states, counters, strict=True)]
-    return ops.Draws(
-        uniforms=torch.tensor(numbers, dtype=torch.float64),
-        temperatures=torch.tensor([p.temperature for p in params]),
-        min_p=torch.tensor([p.min_p for p in params], dtype=torch.float64),
-        top_k=torch.tensor([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params]),
-        top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64),
-    )
+def _draws(rows: Ordered[SamplingRow], vocab: int) -> list[npt.NDArray[Any]]:
+    """The columns of `ops.Draws`, in its order."""
+    params = [row.sampling.params for row in rows]
+    numbers = [uniform(row.sampling.stream, row.num_generated_tokens) for row in rows]
+    return [
+        np.array(numbers, np.float64),
+        np.array([p.temperature for p in params], np.float32),
+        np.array([p.min_p for p in params], np.float64),
+        np.array([min(p.top_k, vocab) if p.top_k > 0 else vocab for p in params], np.int64),
+        np.array([p.top_p for p in params], np.float64),
+    ]
 
 
 def _best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -222,14 +204,6 @@ def _best_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if count < vocab and count > 0 and bool((best[:, count - 1] == best[:, count]).any()):
         best, ids = ops.likeliest(scores, vocab)
     return best[:, :count], ids[:, :count]
-
-
-def _logprobs(
-    raw: Tensor, rows: Ordered[int], tokens: Tensor, states: Ordered[SamplingState]
-) -> dict[int, GeneratedToken]:
-    """The chosen and the likeliest tokens of `rows`, scored by the unmodified logits `raw` [len(rows), vocab]."""
-    scores = _scores(raw, tokens[_index(rows, tokens)], [states[row].params.logprobs or 0 for row in rows])
-    return {row: GeneratedToken(own.token_id, own, top) for row, (own, top) in zip(rows, scores, strict=True)}
 
 
 def _scores(raw: Tensor, ids: Tensor, num_top: Ordered[int]) -> Iterator[tuple[TokenLogprob, tuple[TokenLogprob, ...]]]:

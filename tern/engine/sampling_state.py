@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import secrets
 from array import array
+from collections.abc import Sequence as Ordered
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -133,3 +135,19 @@ class SamplingState:
         narrowed = mask.copy()
         np.bitwise_and.at(narrowed, banned >> 5, ~(np.uint32(1) << (banned & 31).astype(np.uint32)))
         return narrowed if narrowed.any() else mask
+
+
+class SamplingRow(Protocol):
+    """What the sampler reads of the sequence that a row of logits belongs to."""
+
+    @property
+    def sampling(self) -> SamplingState: ...
+
+    @property
+    def token_ids(self) -> array[int]: ...
+
+    @property
+    def num_generated_tokens(self) -> int: ...
+
+    @property
+    def ahead(self) -> Ordered[int]: ...

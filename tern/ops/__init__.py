@@ -178,6 +178,10 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of each row of logits and its place; see `tern.ops.reference_sampling.largest`."""
+    if on_gpu(logits):
+        from tern.ops import cuda
+
+        return cuda.largest(logits)
     if cpu.can_choose(logits):
         return cpu.largest(logits)
     return reference_sampling.largest(logits)
@@ -185,7 +189,11 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:
     """Forbid tokens of some rows of logits, in place; see `tern.ops.reference_sampling.keep_allowed`."""
-    if cpu.can_choose(logits):
+    if on_gpu(logits):
+        from tern.ops import cuda
+
+        cuda.keep_allowed(logits, rows, masks)
+    elif cpu.can_choose(logits):
         cpu.keep_allowed(logits, rows, masks)
     else:
         reference_sampling.keep_allowed(logits, rows, masks)
@@ -193,6 +201,10 @@ def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint
 
 def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:
     """Draw a token id for every row of logits, which are overwritten; see `tern.ops.reference_sampling.draw`."""
+    if on_gpu(logits):
+        from tern.ops import cuda
+
+        return cuda.draw(logits, peaks, draws)
     if cpu.can_choose(logits):
         return cpu.draw(logits, peaks, draws)
     return reference_sampling.draw(logits, peaks, draws)

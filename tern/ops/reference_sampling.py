@@ -24,7 +24,7 @@ class Draws:
     """How each of some rows is drawn from, tensors [rows] on the CPU.
 
     `uniforms` float64 in [0, 1). `temperatures` float32 above 0. `min_p`, `top_p` float64, 0 and 1 cut nothing. `top_k`
-    int64, at least 1; the vocabulary's size cuts nothing.
+    int64, at least 1; the vocabulary's size cuts nothing. They may also lie where the logits do.
     """
 
     uniforms: Tensor
@@ -71,7 +71,7 @@ def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint
 def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:
     """Draw a token id for every row of `logits` [rows, vocab], whose largest are `peaks`: [rows] int64.
 
-    The logits are float32 and are overwritten; each row has a finite peak.
+    The logits are float32 and are overwritten. A row without a finite peak gets some token of the vocabulary.
     """
     draws = draws.to(logits.device)
     scores = logits.sub_(peaks[:, None]).div_(draws.temperatures[:, None])
@@ -128,7 +128,8 @@ def _draw_truncated(scores: Tensor, draws: Draws) -> Tensor:
     for count in (*CANDIDATES, vocab):
         best, ids = likeliest(scores[rows], min(count, vocab))
         tokens[rows], settled = _draw_sorted(best, ids, totals[rows], top_k[rows], top_p[rows], draws.uniforms[rows])
-        rows = rows[~settled]
+        weighed = (draws.top_k[rows] <= count) | (draws.top_k[rows] >= vocab)  # what the nucleus is a share of is known
+        rows = rows[~(settled & weighed)]
         if count >= vocab or len(rows) == 0:
             break
     return tokens

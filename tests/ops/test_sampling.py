@@ -77,6 +77,26 @@ def test_a_flat_row_and_uniforms_at_the_ends(kernels: str) -> None:
         assert ids.tolist() == [0, top_k // 2, top_k - 1], kernels
 
 
+def test_a_nucleus_of_more_than_the_first_candidates_is_a_share_of_top_k(kernels: str) -> None:
+    """top_k ends beyond the candidates that the reference sorts first, and the nucleus before."""
+    logits = torch.zeros(1, 5000)
+    logits[0, :4] = torch.tensor(
+        [0.32, 0.24, 0.24, 0.1]
+    ).log()  # the rest weigh 2e-5 each, 0.01 within top_k and 0.1 in all
+    logits[0, 4:] = math.log(2e-5)
+    draws = Draws(
+        uniforms=torch.tensor([1.0 - 2**-53], dtype=torch.float64),
+        temperatures=torch.ones(1),
+        min_p=torch.zeros(1, dtype=torch.float64),
+        top_k=torch.tensor([504]),
+        top_p=torch.tensor([0.87], dtype=torch.float64),
+    )
+    assert reference_sampling.draw(logits.clone(), logits.amax(1), draws).tolist() == [
+        2
+    ]  # 0.87 of 0.91 is less than 0.8, 0.87 of all is more
+    assert cpu.draw(logits.clone(), logits.amax(1), draws).tolist() == [2], kernels
+
+
 def test_no_rows_and_bad_draws(kernels: str) -> None:
     empty = some_draws(random.Random(0), 0, 5)
     assert cpu.draw(torch.zeros(0, 5), torch.zeros(0), empty).shape == (0,), kernels
@@ -95,3 +115,18 @@ def test_logits_that_are_none_are_never_drawn(kernels: str) -> None:
         ids = cpu.draw(logits.clone(), peaks, draws)
         assert (ids % 3 != 0).all(), kernels
         assert ((ids >= 0) & (ids < 700)).all()
+
+
+def test_a_row_without_a_peak_gets_a_token_and_disturbs_no_other(kernels: str) -> None:
+    logits = noise(30, 700)
+    logits[0] = -math.inf
+    logits[10, 5] = math.nan
+    logits[20, 5] = math.inf
+    peaks, _ = reference_sampling.largest(logits)
+    draws = some_draws(random.Random(3), 30, 700)
+    sound = torch.tensor([row % 10 > 0 for row in range(30)])
+    expected = reference_sampling.draw(logits[sound], peaks[sound], draws.rows(sound))
+    for draw in (cpu.draw, reference_sampling.draw):
+        ids = draw(logits.clone(), peaks, draws)
+        assert ((ids >= 0) & (ids < 700)).all(), kernels
+        assert torch.equal(ids[sound], expected), kernels

@@ -38,7 +38,15 @@ def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint
 
 
 def draw(logits: Tensor, peaks: Tensor, draws: Draws) -> Tensor:
-    """As `tern.ops.reference_sampling.draw`, but for the last bits of sums, which a uniform number may fall between."""
+    """As `tern.ops.reference_sampling.draw`, but for the last bits of sums, which a uniform number may fall between.
+
+    A row without a finite peak gets token 0: the kernel, which sorts candidates, must not see it.
+    """
+    sound = peaks.isfinite()
+    if not bool(sound.all()):
+        ids = torch.zeros(len(logits), dtype=torch.int64)
+        ids[sound] = draw(logits[sound], peaks[sound], draws.rows(sound))
+        return ids
     peaks = peaks.contiguous()
     ids = torch.empty(len(logits), dtype=torch.int64)
     columns = (draws.uniforms, draws.temperatures, draws.min_p.log(), draws.top_k, draws.top_p)

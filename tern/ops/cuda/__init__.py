@@ -7,5 +7,16 @@ from tern.ops.cuda.gates import silu_mul, silu_mul_to_fp8
 from tern.ops.cuda.norms import add_rms_norm, add_rms_norm_to_fp8
 from tern.ops.cuda.rotary import rotate_and_store
 from tern.ops.cuda.router import route
+from tern.ops.cuda.sampling import draw, keep_allowed, largest
 
-__all__ = ["add_rms_norm", "add_rms_norm_to_fp8", "rotate_and_store", "route", "silu_mul", "silu_mul_to_fp8"]
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_to_fp8",
+    "draw",
+    "keep_allowed",
+    "largest",
+    "rotate_and_store",
+    "route",
+    "silu_mul",
+    "silu_mul_to_fp8",
+]
