@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
-from tern.checkpoint.quantisation import check_quantization
-from tern.engine.cache_size import MOST_MEMORY_SHARE, token_bytes
+from tern.checkpoint.quantisation import check_quantization, choose_quantization
+from tern.engine.cache_size import MOST_MEMORY_SHARE, free_memory, token_bytes
+from tern.engine.options import EngineOptions
 from tern.errors import OptionError
 
 FLOATS = "bfloat16"
@@ -42,20 +43,34 @@ def fits_of(source: ModelSource, device: torch.device, free: int) -> list[Fit]:
     return [_fit(source, wanted, device, free) for wanted in precisions if _runs(wanted, device)]
 
 
-def does_not_fit(source: ModelSource, device: torch.device, free: dict[torch.device, int]) -> OptionError:
-    """The error that says what of `source` would fit, given the `free` bytes of `device` and of others."""
-    fits = [fit for each, size in free.items() for fit in fits_of(source, each, size)]
+def check_fits(source: ModelSource, options: EngineOptions, device: torch.device) -> None:
+    """Raise `OptionError`, before anything is read, if the weights as floats are larger than what a GPU has free.
+
+    On the processor they are mapped, and packed weights are small: what does not fit shows when they are loaded.
+    """
+    if device.type != "cuda" or stored_precision(source) is not None:
+        return
+    if choose_quantization(options.quantization, source.default_quantization, device) is None:
+        dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
+        if weight_bytes(source.config, dtype, None) > free_memory(device):
+            raise does_not_fit(source, device)
+
+
+def does_not_fit(source: ModelSource, device: torch.device) -> OptionError:
+    """The error for a model that is too large for a GPU: it says what would fit, there and on the processor."""
+    free, cpu = free_memory(device), torch.device("cpu")
+    fits = [*fits_of(source, device, free), *fits_of(source, cpu, free_memory(cpu))]
     good = [
-        f"{fit.device} in {fit.precision} ({fit.weights_gb:.1f} GB of weights) with --max-model-len {fit.longest_context}"
+        f"{fit.device} in {fit.precision} ({fit.weights_gb:.1f} GB of weights), max_model_len up to {fit.longest_context}"
         for fit in fits
         if fit.fits
     ]
-    needed = weight_bytes(source.config, torch.bfloat16, stored_precision(source)) / 1e9
+    precision = stored_precision(source)
+    needed = weight_bytes(source.config, torch.bfloat16, precision) / 1e9
     advice = f"What fits: {'; '.join(good)}." if good else "Nothing here has memory enough: use a smaller model."
     return OptionError(
-        f"{source.name} does not fit on {device}: its weights are {needed:.1f} GB in "
-        f"{stored_precision(source) or FLOATS}, beside which the cache and about {RUNNING_BYTES / 1e9:.1f} GB of work "
-        f"need room, and {free[device] / 1e9:.1f} GB are free. {advice}"
+        f"{source.name} does not fit on {device}: its weights are {needed:.1f} GB in {precision or FLOATS}, cache and "
+        f"steps come on top, and {free / 1e9:.1f} GB are free. {advice}"
     )
 
 

@@ -122,6 +122,11 @@ class EngineOptions:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
 
+    @property
+    def wants_fp8(self) -> bool:
+        """Whether weights or cache are to be kept in fp8, which not every GPU can multiply."""
+        return any(str(value).startswith("fp8") for value in (self.quantization, self.kv_cache_dtype))
+
     def _check_kv_cache_dir(self) -> None:
         directory, size = self.kv_cache_dir, self.kv_cache_dir_size
         if directory is None:
