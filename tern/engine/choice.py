@@ -48,7 +48,7 @@ class GreedyChoice:
         host_tokens, host_peaks = (torch.empty_like(part, device="cpu", pin_memory=True) for part in (tokens, peaks))
         host_tokens.copy_(tokens, non_blocking=True)
         host_peaks.copy_(peaks, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return cls(tokens, host_tokens, host_peaks, arrived)
 

@@ -88,7 +88,7 @@ def _check_present(name: str) -> None:
 def _why_not() -> str:
     """What torch says about the driver or the cards, its first sentence."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:
         return str(error).split(". ")[0].rstrip(".")
     return "torch names no reason"

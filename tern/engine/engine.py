@@ -120,8 +120,8 @@ class Engine:
     def open(cls, source: ModelSource, options: EngineOptions | None = None, *, progress: bool = True) -> Engine:
         """Load a resolved model and build an engine on it.
 
-        Raises `CheckpointError` for a model that cannot be loaded, `OptionError` for options that do not fit it, and for
-        a device that is not there or too small.
+        Raises `CheckpointError` for a model that cannot be loaded, `OptionError` for options that do not fit it and for
+        a device that is not there, too old or too small.
         """
         options = options or EngineOptions()
         resolve_max_model_len(options, source.config)  # what cannot be is known before the weights are read

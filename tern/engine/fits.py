@@ -61,7 +61,7 @@ def does_not_fit(source: ModelSource, device: torch.device) -> OptionError:
     free, cpu = free_memory(device), torch.device("cpu")
     fits = [*fits_of(source, device, free), *fits_of(source, cpu, free_memory(cpu))]
     good = [
-        f"{fit.device} in {fit.precision} ({fit.weights_gb:.1f} GB of weights), max_model_len up to {fit.longest_context}"
+        f"{fit.device} in {fit.precision} ({fit.weights_gb:.1f} GB), max_model_len up to {fit.longest_context}"
         for fit in fits
         if fit.fits
     ]

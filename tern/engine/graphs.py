@@ -2,7 +2,7 @@
 
 A decode step launches some hundred kernels of a few microseconds each, and the host is slower to launch them than the
 GPU to run them. A CUDA graph launches all of them at once, but always with the same addresses and shapes. So there is
-one graph for each of a few numbers of rows, over buffers that stay where they are, and a step takes the next larger one:
+one graph for each of a few numbers of rows, over buffers that stay where they are; a step takes the next larger one:
 
     rows of a step   | 0 1 2 3 4 | 5 6 7 |     5 sequences in the graph for 8
     token_ids        | of a step |   0   |     padding reads token 0 at position 0,
@@ -60,7 +60,7 @@ class CudaCapture:
 
     def __call__(self, compute: Compute) -> Compute:
         """Run `compute` to warm up, then record it. Raises what torch raises if it does what no graph can."""
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -193,10 +193,10 @@ class _StaticInputs:
         arrived = self._arrived[:count]
         arrived.copy_(staging, non_blocking=True)
         if staging.is_pinned():
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copied[self._turn] = event
-        heads, tables = arrived.split([part.size for part in parts])
+        heads, tables = torch.split(arrived, [part.size for part in parts])
         size, width = padded.tables.shape
         self._heads[:, :size].copy_(heads.view(4, size))
         self._tables[:size, :width].copy_(tables.view(size, width))

@@ -35,14 +35,15 @@ class EngineOptions:
     kept in: "auto" is the model's own type, "int8" about half of bfloat16's memory. On a GPU, weights, steps and cache
     together take `gpu_memory_utilization` of its memory, `enforce_eager` computes every step without CUDA graphs, and
     `async_scheduling` begins a step before the tokens of the one before are delivered; None does so on a GPU.
-    `enable_prefix_caching` reuses the blocks of prompts that begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most
-    `kv_cache_dir_size` bytes together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before
-    new ones are refused; `max_queue_tokens`: tokens of their prompts that may, save that a single one always may; None
-    never refuses. `dtype` and `device` are those of the loaded model. `quantization` packs
-    its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); "none" keeps them floats; None does as the files
-    suggest: floats stay floats, weights of few bits are packed on the CPU. `speculation` says who drafts tokens that a
-    step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where there
-    is one, "off" nobody; drafts are made only while they pay, and answers are the same with and without.
+    `enable_prefix_caching` reuses the blocks of prompts that begin alike; in the directory `kv_cache_dir` they outlive
+    the engine, in files of at most `kv_cache_dir_size` bytes together (None: `DEFAULT_KV_CACHE_DIR_SIZE`).
+    `max_queue`: requests that may wait before new ones are refused; `max_queue_tokens`: tokens of their prompts that
+    may, save that a single one always may; None never refuses. `dtype` and `device` are those of the loaded model.
+    `quantization` packs its linear weights and experts in 4 or 8 bits ("wint4", "wint8"); "none" keeps them floats;
+    None does as the files suggest: floats stay floats, weights of few bits are packed on the CPU. `speculation` says
+    who drafts tokens that a step then verifies: "ngram" copies from the text so far, "mtp" is the model's own
+    predictor, "auto" both where there is one, "off" nobody; drafts are made only while they pay, and answers are the
+    same with and without.
     `num_speculative_tokens`: most drafts of a sequence in a step; None is what `tern.engine.drafts` finds good.
     `prompt_lookup_min` to `prompt_lookup_max` tokens must agree before "ngram" copies what follows.
     `check_integrity_when_idle` verifies the engine's books each time it runs out of work.

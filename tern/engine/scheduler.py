@@ -16,8 +16,8 @@ passes it then.
 
 A step of decodes alone may carry drafts (`tern.engine.drafts`) in a fourth move, within the budget and in blocks that
 nobody else is about to need. Where nothing else can come next, a step of decodes may be composed before the one before
-it has given its tokens (`follow`). A preempted sequence keeps its tokens, loses its blocks and is computed again later; its
-output does not change.
+it has given its tokens (`follow`). A preempted sequence keeps its tokens, loses its blocks and is computed again later;
+its output does not change.
 The first in order can take the blocks of all others and a full-length sequence fits the pool, so work always goes on.
 """
 
