@@ -14,9 +14,9 @@ from huggingface_hub import constants
 
 from tern import __version__
 from tern.bench import hardware
-from tern.checkpoint import ModelSource, weight_bytes
-from tern.engine.cache_size import free_memory
-from tern.engine.fits import FLOATS, Fit, fits_of, stored_precision
+from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
+from tern.engine.cache_size import free_memory, token_bytes
+from tern.engine.fits import FLOATS, longest_context, runs_on
 from tern.ops import cpu
 
 PORTS = (8000, 8180)
@@ -60,6 +60,20 @@ class MachineReport:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """One precision of a model on one device: sizes in 10^9 bytes, and the longest context in tokens, prompt and answer
+    together, that the default cache holds; 0 if the weights do not fit.
+    """
+
+    device: str
+    precision: str
+    weights_gb: float
+    kv_gb_per_1000_tokens: float
+    longest_context: int
+    fits: bool
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What `tern doctor --json` prints.
 
@@ -86,10 +100,12 @@ def diagnose(source: ModelSource | None) -> Diagnosis:
     machine = describe_machine()
     if source is None:
         return Diagnosis(machine, None, None, None, [], None)
+    stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
+    precisions = [stored] if stored else [None, *reversed(QUANTIZATIONS)]
     devices = [*(torch.device("cuda", number) for number in range(len(machine.gpus))), torch.device("cpu")]
-    fits = [fit for device in devices for fit in fits_of(source, device, free_memory(device))]
+    fits = [_fit(source, wanted, device) for device in devices for wanted in precisions if runs_on(wanted, device)]
     positions = source.config.max_position_embeddings
-    default = stored_precision(source) or source.default_quantization or FLOATS
+    default = stored or source.default_quantization or FLOATS
     advice = _advice(_argument(source), positions, fits, default)
     return Diagnosis(machine, source.name, positions, _download_gb(source), fits, advice, default)
 
@@ -136,6 +152,13 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _fit(source: ModelSource, quantization: str | None, device: torch.device) -> Fit:
+    weights = weight_bytes(source.config, torch.bfloat16, quantization)
+    per_token = token_bytes(source.config, torch.bfloat16)
+    longest = longest_context(source.config, weights, free_memory(device))
+    return Fit(str(device), quantization or FLOATS, weights / 1e9, per_token / 1e6, longest, longest > 0)
 
 
 def _argument(source: ModelSource) -> str:

@@ -7,7 +7,6 @@ else; `chosen_on_device` says which these are.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 import torch
@@ -28,15 +27,15 @@ def chosen_on_device(sequence: Sequence) -> bool:
 
 @dataclass(frozen=True)
 class GreedyChoice:
-    """The likeliest token of each row: on the device, and on its way to the host with its logit.
+    """The likeliest token of each row: `tokens` [rows] int64 on the device, and on its way to the host with its logit.
 
     `arrived` is reached when they are there; None where nothing is enqueued.
     """
 
-    _tokens: Tensor
-    _host_tokens: Tensor
-    _host_peaks: Tensor
-    _arrived: torch.cuda.Event | None
+    tokens: Tensor
+    host_tokens: Tensor
+    host_peaks: Tensor
+    arrived: torch.cuda.Event | None
 
     @classmethod
     def of(cls, logits: Tensor) -> GreedyChoice:
@@ -52,16 +51,9 @@ class GreedyChoice:
         arrived.record()
         return cls(tokens, host_tokens, host_peaks, arrived)
 
-    def tokens_of(self, rows: Ordered[int]) -> Tensor:
-        """The tokens of some rows, on the device."""
-        if len(rows) == len(self._tokens):
-            return self._tokens
-        wanted = torch.tensor(rows).to(self._tokens.device, non_blocking=True)
-        return self._tokens.index_select(0, wanted)
-
-    def read(self) -> list[GeneratedToken | str]:
-        """The token of each row, or the sentence that ends its request; waits until they have arrived."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        pairs = zip(self._host_tokens.tolist(), self._host_peaks.tolist(), strict=True)
+    def finish(self) -> list[GeneratedToken | str]:
+        """Wait for the tokens: one a row, or the sentence that ends that row's request."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        pairs = zip(self.host_tokens.tolist(), self.host_peaks.tolist(), strict=True)
         return [GeneratedToken(token) if math.isfinite(peak) else NOT_FINITE for token, peak in pairs]

@@ -90,6 +90,8 @@ class Engine:
             capture=capture_for(model.device, enforce_eager=options.enforce_eager),
             progress=progress,
         )
+        if self.runner.graphs is not None:
+            logger.info("decode steps of %s sequences replay CUDA graphs", self.runner.graphs.sizes)
         self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)
         if self.disk_cache is not None:
             weakref.finalize(self, self.disk_cache.close)

@@ -17,8 +17,6 @@ how it is captured is the caller's choice (`Capture`), so the same padding is te
 from __future__ import annotations
 
 import bisect
-import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,8 +32,6 @@ from tern.model.batch import Batch, KVCache
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
-
-logger = logging.getLogger(__name__)
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled in the first, and workspaces allocated
 
@@ -118,7 +114,6 @@ class DecodeGraphs:
         self._inputs = _StaticInputs(max_num_seqs, width, model.device)
         self._inputs.receive(self._padded(None, max_num_seqs))  # steps that warm up must write where nobody's keys are
         self._graphs: dict[int, Compute] = {}
-        began = time.perf_counter()
         with current(model.device), item_progress("CUDA graphs", len(self.sizes), enabled=progress) as advance:
             for size in reversed(self.sizes):
                 batch = self._inputs.batch(size, max_model_len)
@@ -129,7 +124,6 @@ class DecodeGraphs:
 
                 self._graphs[size] = capture(compute)
                 advance(1)
-        logger.info("decode graphs of %s rows: %.1f s", self.sizes, time.perf_counter() - began)
 
     def takes(self, step: PackedStep) -> bool:
         """Whether a step can be replayed."""

@@ -10,6 +10,7 @@ import torch
 
 from tern.engine.cache_size import GpuMemory, free_memory
 from tern.engine.device import CONTEXT_BYTES, GpuFacts, current
+from tern.engine.graphs import Compute
 from tern.engine.options import EngineOptions
 from tern.engine.request import CONTINUE, Finish, GeneratedToken, Request, Steering
 from tern.engine.runner import Runner
@@ -44,7 +45,13 @@ def memory_for_cache(
 def _step_bytes(
     model: ErnieModel, options: EngineOptions, kv_dtype: torch.dtype, max_model_len: int, predicted_drafts: int
 ) -> int:
-    """Bytes that the largest step takes beside weights and cache, at its peak."""
+    """Bytes that steps take beside weights and cache, at their peak.
+
+    The largest step, and beside it the decode of the most and longest sequences: graphs keep theirs for themselves, and
+    a step may be of both kinds.
+    """
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(model.device)
     chunks, num_blocks = largest_step(options, model.config.vocab_size, max_model_len)
     runner = Runner(
         model,
@@ -54,19 +61,25 @@ def _step_bytes(
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
         predicted_drafts=predicted_drafts,
+        capture=_run_once,
     )
-    torch.cuda.empty_cache()
+    standing = torch.cuda.memory_allocated(model.device)
+    decode = torch.cuda.max_memory_allocated(model.device) - standing
     torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
     runner.run(chunks, lambda _: bool(predicted_drafts))
     torch.cuda.synchronize(model.device)
-    return int(torch.cuda.max_memory_allocated(model.device) - before)
+    return int(decode + torch.cuda.max_memory_allocated(model.device) - standing)
+
+
+def _run_once(compute: Compute) -> Compute:
+    compute()
+    return compute
 
 
 def largest_step(options: EngineOptions, vocab_size: int, max_model_len: int) -> tuple[list[Chunk], int]:
     """A step of `max_num_batched_tokens` random tokens and as many sequences as may run, all of which draw a token.
 
-    Returned with the number of blocks that they own. Attention over long contexts must not need more than this.
+    Returned with the number of blocks that they own.
     """
     count = options.max_num_seqs
     generator = torch.Generator().manual_seed(7)

@@ -158,8 +158,7 @@ class Runner:
             if after is not None:
                 assert after.logits is not None
                 after.choice = after.choice or GreedyChoice.of(after.logits)
-                places = {chunk.sequence: place for place, chunk in enumerate(after.chunks)}
-                token_ids = after.choice.tokens_of([places[chunk.sequence] for chunk in chunks])
+                token_ids = _tokens_for(chunks, after.chunks, after.choice.tokens)
             step = pack(chunks, self.kv.block_size, ahead=0 if after is None else 1)
             batch, hidden, logits = self._compute(step, token_ids)
         return BegunStep(chunks, batch, hidden, logits, started)
@@ -195,7 +194,7 @@ class Runner:
         if begun.logits is None:
             return []
         if begun.choice is not None:
-            return [Sampled([token]) for token in begun.choice.read()]
+            return [Sampled([token]) for token in begun.choice.finish()]
         sampling = [chunk for chunk in begun.chunks if chunk.samples]
         rows = [
             Continuation(chunk.sequence, chunk.drafts[:ahead]) if ahead else chunk.sequence
@@ -248,6 +247,15 @@ class Runner:
         drafts = predictor.draft(batch, hidden, chunks, list(followed.values()))
         by_entry = dict(zip(followed, drafts, strict=True))
         return [replace(result, predicted=by_entry.get(entry, ())) for entry, result in enumerate(sampled)]
+
+
+def _tokens_for(chunks: Ordered[Chunk], before: Ordered[Chunk], tokens: Tensor) -> Tensor:
+    """Of the `tokens` of the chunks `before`, on the device, those that `chunks` begin with, which are some of them."""
+    if len(chunks) == len(before):
+        return tokens
+    places = {chunk.sequence: place for place, chunk in enumerate(before)}
+    wanted = torch.tensor([places[chunk.sequence] for chunk in chunks])
+    return tokens.index_select(0, wanted.to(tokens.device, non_blocking=True))
 
 
 def verify(drafts: Ordered[tuple[int, ...]], drawn: Ordered[GeneratedToken | str]) -> list[Sampled]:
