@@ -10,8 +10,10 @@ one graph for each of a few numbers of rows, over buffers that stay where they a
     context_lens     | of a step |   1   |     and sees nothing but them
     block_tables     | of a step | spare |     beyond a step's longest table: what earlier steps left, never read
 
-Whoever owns the cache keeps one block for the padding. What is captured is a function of no arguments over the buffers;
-how it is captured is the caller's choice (`Capture`), so the same padding is tested on the processor without a graph.
+Logits are not part of it: their product is launched while the graph still runs, and for every graph to keep its own
+would take gigabytes. Whoever owns the cache keeps one block for the padding. What is captured is a function of no
+arguments over the buffers; how it is captured is the caller's choice (`Capture`), so the same padding is tested on the
+processor without a graph.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,9 +38,8 @@ if TYPE_CHECKING:
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled in the first, and workspaces allocated
 
-Outputs = tuple[Tensor, Tensor]
-"""Hidden states [rows, hidden_size] and logits [rows, vocab] float32."""
-Compute = Callable[[], Outputs]
+Compute = Callable[[], Tensor]
+"""Hidden states [rows, hidden_size] of the rows in the buffers."""
 Capture = Callable[[Compute], Compute]
 """Makes of a computation over static buffers one that does the same, faster."""
 
@@ -64,11 +66,11 @@ class CudaCapture:
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = compute()
+            hidden = compute()
 
-        def replay() -> Outputs:
+        def replay() -> Tensor:
             graph.replay()
-            return outputs
+            return hidden
 
         return replay
 
@@ -76,18 +78,6 @@ class CudaCapture:
 def capture_for(device: torch.device, *, enforce_eager: bool) -> Capture | None:
     """How decode steps are captured on a device; None where they are not."""
     return CudaCapture(device) if device.type == "cuda" and not enforce_eager else None
-
-
-@dataclass(frozen=True)
-class Computed:
-    """A computed step as the runner reads it: its batch, hidden states and logits, without the padding.
-
-    The tensors are overwritten by the next step.
-    """
-
-    batch: Batch
-    hidden: Tensor
-    logits: Tensor
 
 
 class DecodeGraphs:
@@ -112,33 +102,30 @@ class DecodeGraphs:
         self._spare_block, self._block_size = spare_block, kv.block_size
         width = -(-max_model_len // kv.block_size)
         self._inputs = _StaticInputs(max_num_seqs, width, model.device)
-        self._inputs.receive(self._padded(None, max_num_seqs))  # steps that warm up must write where nobody's keys are
         self._graphs: dict[int, Compute] = {}
         with current(model.device), item_progress("CUDA graphs", len(self.sizes), enabled=progress) as advance:
+            self._inputs.receive(self._padded(None, max_num_seqs))  # warm-ups must write where nobody's keys are
             for size in reversed(self.sizes):
                 batch = self._inputs.batch(size, max_model_len)
-
-                def compute(batch: Batch = batch) -> Outputs:
-                    hidden = model.hidden(batch, kv)
-                    return hidden, model.logits(hidden)
-
-                self._graphs[size] = capture(compute)
+                self._graphs[size] = capture(partial(model.hidden, batch, kv))
                 advance(1)
 
     def takes(self, step: PackedStep) -> bool:
         """Whether a step can be replayed."""
         return step.is_decode and len(step.token_ids) <= self.sizes[-1]
 
-    def run(self, step: PackedStep, token_ids: Tensor | None = None) -> Computed:
-        """Compute a decode step. `token_ids` [rows], on the device, stand for those of the step, if given."""
+    def run(self, step: PackedStep, token_ids: Tensor | None = None) -> tuple[Batch, Tensor]:
+        """Compute a decode step -> its batch and hidden states, without the padding; the next step overwrites both.
+
+        `token_ids` [rows], on the device, stand for those of the step, if given.
+        """
         rows = len(step.token_ids)
         size = self.sizes[bisect.bisect_left(self.sizes, rows)]
         self._inputs.receive(self._padded(step, size))
         batch = self._inputs.batch(rows, step.max_context_len)
         if token_ids is not None:
             batch.token_ids.copy_(token_ids)
-        hidden, logits = self._graphs[size]()
-        return Computed(batch, hidden[:rows], logits[:rows])
+        return batch, self._graphs[size]()[:rows]
 
     def _padded(self, step: PackedStep | None, size: int) -> _Padded:
         rows, width = (0, 1) if step is None else step.block_tables.shape

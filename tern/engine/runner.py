@@ -70,9 +70,9 @@ class StepResult:
 class BegunStep:
     """A step whose work is enqueued on the device, or done where nothing is enqueued.
 
-    `logits` are those of the rows that sample, None if none does; on a device that replays graphs the next step
-    overwrites them. `choice` has their tokens where the step after this one was begun already. `started`: when the
-    device turned to it, about, a time of `time.perf_counter()`.
+    `logits` are those of the rows that sample, None if none does. On a device that replays graphs the next step
+    overwrites `batch` and `hidden`. `choice` has the tokens where the step after this one was begun already. `started`:
+    when it was begun, a time of `time.perf_counter()`.
     """
 
     chunks: Ordered[Chunk]
@@ -179,8 +179,8 @@ class Runner:
     def _compute(self, step: PackedStep, token_ids: Tensor | None) -> tuple[Batch, Tensor, Tensor | None]:
         """The step on the device, its hidden states, and the logits of the rows that sample."""
         if self.graphs is not None and self.graphs.takes(step):
-            computed = self.graphs.run(step, token_ids)
-            return computed.batch, computed.hidden, computed.logits
+            batch, hidden = self.graphs.run(step, token_ids)
+            return batch, hidden, self.model.logits(hidden)
         batch = step.on(self.model.device)
         if token_ids is not None:
             batch.token_ids.copy_(token_ids)

@@ -12,7 +12,7 @@ import torch
 
 from tern.engine import CONTINUE, Engine, EngineOptions, Finish, GeneratedToken, Request, SamplingParams, Steering
 from tern.engine.block_pool import CachedBlock
-from tern.engine.graphs import Compute, Outputs
+from tern.engine.graphs import Compute
 from tern.model.batch import Batch, KVCache
 
 VOCAB = 61
@@ -219,23 +219,19 @@ class StandInGraphs:
     the other graphs, whose memory it shares."""
 
     def __init__(self) -> None:
-        self.outputs: list[Outputs] = []
+        self.outputs: list[torch.Tensor] = []
         self.replays = 0
 
     def __call__(self, compute: Compute) -> Compute:
-        mine = tuple(output.clone() for output in compute())
-        assert len(mine) == 2
+        mine = compute().clone()
         self.outputs.append(mine)
 
-        def replay() -> Outputs:
+        def replay() -> torch.Tensor:
             self.replays += 1
             found = compute()
-            for outputs in self.outputs:
-                for output in outputs:
-                    output.fill_(float("nan"))
-            for output, new in zip(mine, found, strict=True):
-                output.copy_(new)
-            return mine
+            for output in self.outputs:
+                output.fill_(float("nan"))
+            return mine.copy_(found)
 
         return replay
 
