@@ -49,9 +49,11 @@ class EngineFlags:
         "auto"
     )
     gpu_memory_utilization: Annotated[
-        float | None, typer.Option(help="Share of a GPU's memory for everything; default 0.9.")
+        float | None, typer.Option(hidden=True, help="Share of a GPU's memory to use; default 0.9.")
     ] = None
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="On a GPU: no CUDA graphs.")] = False
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", hidden=True, help="On a GPU: no CUDA graphs.")] = (
+        False
+    )
     async_scheduling: Annotated[
         bool | None,
         typer.Option("--async-scheduling/--no-async-scheduling", hidden=True, help="Begin a step early, as on a GPU."),
