@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fakes import HashModel
+from engine_fakes import HashModel, add, run
 from test_engine_model import SMALL, network
 
-from tern.engine import EngineOptions, runner
+from tern.checkpoint import resolve_model
+from tern.engine import Engine, EngineOptions, FinishReason, runner
 from tern.engine.cache_size import GpuMemory, resolve_num_blocks, token_bytes
 from tern.engine.memory_profile import largest_step, memory_for_cache
 from tern.errors import OptionError
@@ -125,3 +126,15 @@ def test_a_card_is_measured_with_the_weights_on_it(monkeypatch: pytest.MonkeyPat
 
 class _Card:
     name, major, minor = "NVIDIA H100", 9, 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_is_used_up_to_the_share_and_no_further() -> None:
+    options = EngineOptions(device="cuda", dtype="bfloat16", gpu_memory_utilization=0.5, max_num_batched_tokens=4096)
+    engine = Engine.open(resolve_model(None), options, progress=False)
+    sink = add(engine, "long", [5] * 4000, max_tokens=8, ignore_eos=True)
+    run(engine)
+    assert sink.end.reason is FinishReason.LENGTH
+    free, total = torch.cuda.mem_get_info()
+    assert 0.4 < 1 - free / total < 0.52
