@@ -63,9 +63,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NO_MEANING_HERE = frozenset(
-    {"gpu_memory_utilization", "swap_space", "trust_remote_code", "enforce_eager", "disable_log_stats"}
-)
+NO_MEANING_HERE = frozenset({"swap_space", "trust_remote_code", "disable_log_stats"})
 """Keywords of vLLM's `LLM` that change nothing here: accepted, with a line in the log."""
 
 

@@ -15,14 +15,10 @@ from huggingface_hub import constants
 from tern import __version__
 from tern.bench import hardware
 from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
-from tern.checkpoint.quantisation import check_quantization
-from tern.engine.cache_size import MOST_MEMORY_SHARE, free_memory, token_bytes
-from tern.errors import OptionError
+from tern.engine.cache_size import free_memory, token_bytes
+from tern.engine.fits import FLOATS, longest_context, runs_on
 from tern.ops import cpu
 
-FLOATS = "bfloat16"
-RUNNING_BYTES = 1_500_000_000
-"""Memory that Python, torch and a step's activations take beside weights and cache, about."""
 PORTS = (8000, 8180)
 """Where `tern serve` and `make serve` listen unless told otherwise."""
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "fastapi", "triton")
@@ -107,7 +103,7 @@ def diagnose(source: ModelSource | None) -> Diagnosis:
     stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
     precisions = [stored] if stored else [None, *reversed(QUANTIZATIONS)]
     devices = [*(torch.device("cuda", number) for number in range(len(machine.gpus))), torch.device("cpu")]
-    fits = [_fit(source, wanted, device) for device in devices for wanted in precisions if _runs(wanted, device)]
+    fits = [_fit(source, wanted, device) for device in devices for wanted in precisions if runs_on(wanted, device)]
     positions = source.config.max_position_embeddings
     default = stored or source.default_quantization or FLOATS
     advice = _advice(_argument(source), positions, fits, default)
@@ -158,23 +154,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _runs(quantization: str | None, device: torch.device) -> bool:
-    """Whether weights of this precision run on the device."""
-    if quantization is None:
-        return True
-    try:
-        check_quantization(quantization, device)
-    except OptionError:
-        return False
-    return True
-
-
 def _fit(source: ModelSource, quantization: str | None, device: torch.device) -> Fit:
     weights = weight_bytes(source.config, torch.bfloat16, quantization)
     per_token = token_bytes(source.config, torch.bfloat16)
-    left = free_memory(device) - weights
-    room = max(0, min(left - RUNNING_BYTES, int(left * MOST_MEMORY_SHARE)))
-    longest = min(source.config.max_position_embeddings, room // per_token)
+    longest = longest_context(source.config, weights, free_memory(device))
     return Fit(str(device), quantization or FLOATS, weights / 1e9, per_token / 1e6, longest, longest > 0)
 
 

@@ -48,6 +48,16 @@ class EngineFlags:
     kv_cache_dtype: Annotated[
         str, typer.Option(help="auto, bfloat16, or half its memory: int8 (CPU) or fp8 (GPU).")
     ] = "auto"
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(hidden=True, help="Share of a GPU's memory to use; default 0.9.")
+    ] = None
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", hidden=True, help="On a GPU: no CUDA graphs.")] = (
+        False
+    )
+    async_scheduling: Annotated[
+        bool | None,
+        typer.Option("--async-scheduling/--no-async-scheduling", hidden=True, help="Begin a step early, as on a GPU."),
+    ] = None
     block_size: Annotated[int | None, typer.Option(hidden=True, help="Tokens in a KV block.")] = None
     prefix_caching: Annotated[
         bool,
@@ -55,7 +65,7 @@ class EngineFlags:
     ] = True
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None
     kv_cache_dir_size: Annotated[float | None, typer.Option(help="Most that it may hold, GB; default 20.")] = None
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None
     hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None
 
@@ -66,6 +76,8 @@ class EngineFlags:
         chosen = {
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "async_scheduling": self.async_scheduling,
             "block_size": self.block_size,
             "speculation": self.speculation,
             "num_speculative_tokens": self.num_speculative_tokens,
@@ -77,6 +89,7 @@ class EngineFlags:
             quantization=self.quantization,
             max_model_len=self.max_model_len,
             kv_cache_dtype=self.kv_cache_dtype,
+            enforce_eager=self.enforce_eager,
             kv_cache_memory=size_in_bytes("--kv-cache-memory", self.kv_cache_memory, unit="GiB"),
             enable_prefix_caching=self.prefix_caching,
             kv_cache_dir=self.kv_cache_dir,

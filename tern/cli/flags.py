@@ -76,7 +76,6 @@ IGNORED_FLAGS = (
     IgnoredFlag("--engine-worker-queue-port"),
     IgnoredFlag("--cache-queue-port"),
     IgnoredFlag("--load-choices"),
-    IgnoredFlag("--gpu-memory-utilization"),
     IgnoredFlag("--swap-space"),
     IgnoredFlag("--workers"),
     IgnoredFlag("--graph-optimization-config"),
@@ -86,7 +85,6 @@ IGNORED_FLAGS = (
     IgnoredFlag("--enable-chunked-prefill", takes_value=False),
     IgnoredFlag("--enable-auto-tool-choice", takes_value=False),
     IgnoredFlag("--enable-reasoning", takes_value=False),
-    IgnoredFlag("--enforce-eager", takes_value=False),
     IgnoredFlag("--disable-log-requests", takes_value=False),
     IgnoredFlag("--disable-log-stats", takes_value=False),
 )

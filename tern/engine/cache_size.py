@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +21,29 @@ DEFAULT_FULL_SEQUENCES = 4  # what the cache holds by default, where memory allo
 FREE_MEMORY_SHARE = 0.5
 MOST_MEMORY_SHARE = 0.9  # taken by default where one full-length sequence needs more than that
 _CGROUP = "/sys/fs/cgroup"
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """A GPU's memory when its cache is sized, in bytes.
+
+    `free` of `total` with the weights loaded; `step` is what the largest step takes beside them at its peak; `taken`
+    was not free before this engine loaded anything, so other processes hold it.
+    """
+
+    total: int
+    free: int
+    step: int
+    taken: int = 0
+
+    def room(self, utilization: float) -> int:
+        """Bytes that a cache may take so that, in the largest step, `utilization` of the memory is in use."""
+        return max(0, int(self.total * utilization) - (self.total - self.free) - self.step)
+
+    @property
+    def most(self) -> int:
+        """Bytes that a cache may take so that the largest step still fits."""
+        return max(0, self.free - self.step)
 
 
 def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
@@ -68,16 +92,16 @@ def resolve_num_blocks(
     options: EngineOptions,
     config: ErnieConfig,
     dtype: torch.dtype,
-    free_bytes: int,
+    memory: int | GpuMemory,
     max_model_len: int,
     narrow: str = "int8",
 ) -> int:
-    """The number of cache blocks that the options ask for, or that a share of `free_bytes` holds.
+    """The number of cache blocks that the options ask for or, where they do not, that there is memory for.
 
-    `narrow` is the `kv_cache_dtype` to advise where memory is short (`narrow_cache`).
-
-    Raises `OptionError`, with both sizes, if the options ask for more than is free, or for less than one full-length
-    sequence takes.
+    `memory` are the free bytes of the processor, of which a cache takes a share by default, or a GPU's, of which it
+    takes what `gpu_memory_utilization` leaves. `narrow` is the `kv_cache_dtype` to advise where memory is short
+    (`narrow_cache`). Raises `OptionError`, with both sizes, if the options ask for more than is free, or for less than
+    one full-length sequence takes.
     """
     block_bytes = token_bytes(config, dtype) * options.block_size
     needed = -(-max_model_len // options.block_size)
@@ -85,15 +109,20 @@ def resolve_num_blocks(
         blocks, source = options.num_kv_blocks, "num_kv_blocks"
     elif options.kv_cache_memory is not None:
         blocks, source = options.kv_cache_memory // block_bytes, "kv_cache_memory"
+    elif isinstance(memory, GpuMemory):
+        blocks = memory.room(options.gpu_memory_utilization) // block_bytes
+        source = f"gpu_memory_utilization {options.gpu_memory_utilization:g}"
     else:
-        affordable = int(free_bytes * FREE_MEMORY_SHARE) // block_bytes
+        affordable = int(memory * FREE_MEMORY_SHARE) // block_bytes
         wanted = needed * min(DEFAULT_FULL_SEQUENCES, options.max_num_seqs)
-        most = int(free_bytes * MOST_MEMORY_SHARE) // block_bytes
+        most = int(memory * MOST_MEMORY_SHARE) // block_bytes
         blocks, source = min(wanted, max(affordable, min(needed, most))), f"{MOST_MEMORY_SHARE:.0%} of the free memory"
+    free_bytes = memory.most if isinstance(memory, GpuMemory) else memory
     if blocks * block_bytes > free_bytes:
         raise OptionError(
             f"{source} asks for a cache of {blocks} blocks ({_megabytes(blocks * block_bytes)}), but only "
             f"{_megabytes(free_bytes)} of memory are free: ask for at most {free_bytes // block_bytes} blocks."
+            f"{_where_memory_is(memory)}"
         )
     if blocks < needed:
         fits = blocks * options.block_size
@@ -102,9 +131,20 @@ def resolve_num_blocks(
         raise OptionError(
             f"A sequence of {max_model_len} tokens needs {needed} cache blocks ({_megabytes(needed * block_bytes)}), "
             f"but {source} gives {blocks} ({_megabytes(blocks * block_bytes)}): "
-            f"{shorter}give the cache more memory{smaller}."
+            f"{shorter}give the cache more memory{smaller}.{_where_memory_is(memory)}"
         )
     return blocks
+
+
+def _where_memory_is(memory: int | GpuMemory) -> str:
+    """A sentence that accounts for a GPU's memory."""
+    if not isinstance(memory, GpuMemory):
+        return ""
+    others = f", of which other processes took {_megabytes(memory.taken)} before it started" if memory.taken else ""
+    return (
+        f" Of the GPU's {_megabytes(memory.total)}, {_megabytes(memory.total - memory.free)} are in use{others}, and "
+        f"a step of max_num_batched_tokens takes {_megabytes(memory.step)}."
+    )
 
 
 def free_memory(device: torch.device) -> int:

@@ -25,14 +25,18 @@ from tern.engine.block_pool import BlockPool, IntegrityError
 from tern.engine.cache_size import (
     cache_dtype,
     check_cache_dtype,
-    free_memory,
     narrow_cache,
     resolve_max_model_len,
     resolve_num_blocks,
 )
+from tern.engine.device import current, free_unused_memory, is_device_lost, is_out_of_memory, resolve_device
 from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
+from tern.engine.fits import check_fits, does_not_fit
+from tern.engine.graphs import capture_for
+from tern.engine.memory_profile import memory_for_cache
 from tern.engine.options import EngineOptions
+from tern.engine.pipeline import Pipeline
 from tern.engine.prompt_room import PromptRoom
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
 from tern.engine.request_checks import check_ids, check_request
@@ -42,8 +46,8 @@ from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
 from tern.engine.stats import STEP_TOKENS, EngineStats
-from tern.engine.step_failures import Outcome, compute_what_can_be, explain
-from tern.errors import InvalidRequestError, OptionError
+from tern.engine.step_failures import DEVICE_LOST, Outcome, compute_what_can_be, explain
+from tern.errors import EngineFailedError, InvalidRequestError, OptionError
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
@@ -69,6 +73,7 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         weights_identity: str | None = None,
+        progress: bool = False,
     ) -> None:
         options = options or EngineOptions()
         self.options = options
@@ -77,21 +82,23 @@ class Engine:
         self.device, self.dtype = model.device, model.dtype
         self.max_model_len = resolve_max_model_len(options, model.config)
         self.drafter = Drafter(options, predicts=_has_predictor(model, options))
-        free = free_memory(model.device)
-        if self.drafter.predicted_drafts:  # its cache has one layer beside the decoder's
-            free -= free // (model.config.num_hidden_layers + 1)
         check_cache_dtype(options.kv_cache_dtype, model.device)
-        kv_dtype = cache_dtype(options.kv_cache_dtype, model.dtype)
-        narrow = narrow_cache(model.device)
-        num_blocks = resolve_num_blocks(options, model.config, kv_dtype, free, self.max_model_len, narrow)
+        kv_dtype, narrow = cache_dtype(options.kv_cache_dtype, model.dtype), narrow_cache(model.device)
+        memory = memory_for_cache(model, options, kv_dtype, self.max_model_len, self.drafter.predicted_drafts)
+        num_blocks = resolve_num_blocks(options, model.config, kv_dtype, memory, self.max_model_len, narrow)
         self.runner = Runner(
             model,
             num_blocks=num_blocks,
             block_size=options.block_size,
             kv_dtype=kv_dtype,
             max_num_seqs=options.max_num_seqs,
+            max_model_len=self.max_model_len,
             predicted_drafts=self.drafter.predicted_drafts,
+            capture=capture_for(model.device, enforce_eager=options.enforce_eager),
+            progress=progress,
         )
+        if self.runner.graphs is not None:
+            logger.info("decode steps of %s sequences replay CUDA graphs", self.runner.graphs.sizes)
         self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)
         if self.disk_cache is not None:
             weakref.finalize(self, self.disk_cache.close)
@@ -108,6 +115,8 @@ class Engine:
             drafter=self.drafter,
             prompt_bounds=self.prompt_room,
         )
+        ahead = options.async_scheduling if options.async_scheduling is not None else model.device.type == "cuda"
+        self.pipeline = Pipeline(self.scheduler, self.runner, self.drafter.follows, ahead=ahead)
         self.admission = Admission(options)
         self.sequences: dict[str, Sequence] = {}  # every request that is not finished
         self.consecutive_failures = 0
@@ -120,21 +129,39 @@ class Engine:
     def open(cls, source: ModelSource, options: EngineOptions | None = None, *, progress: bool = True) -> Engine:
         """Load a resolved model and build an engine on it.
 
-        Raises `CheckpointError` for a model that cannot be loaded, `OptionError` for options that do not fit it.
+        Raises `CheckpointError` for a model that cannot be loaded, `OptionError` for options that do not fit it and for
+        a device that is not there, too old or too small.
         """
         options = options or EngineOptions()
         resolve_max_model_len(options, source.config)  # what cannot be is known before the weights are read
         if options.kv_cache_dir is not None:
             open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        device = _device(options.device)
-        check_cache_dtype(options.kv_cache_dtype, torch.device(device))
+        device = resolve_device(options.device, fp8=options.wants_fp8)
+        check_cache_dtype(options.kv_cache_dtype, device)
+        check_fits(source, options, device)
+        with current(device):
+            try:
+                return cls._load(source, options, device, dtype, progress)
+            except torch.OutOfMemoryError as error:
+                raise does_not_fit(source, device) from error
+
+    @classmethod
+    def _load(
+        cls,
+        source: ModelSource,
+        options: EngineOptions,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        progress: bool,
+    ) -> Engine:
         began = time.perf_counter()
         model = load_model(source, dtype=dtype, device=device, quantization=options.quantization, progress=progress)
         logger.info("weights and kernels: %.1f s", time.perf_counter() - began)
         identity = weights_identity(source) if options.kv_cache_dir is not None else None
         began = time.perf_counter()
-        engine = cls(model, source.generation.eos_token_ids, options, weights_identity=identity)
+        eos = source.generation.eos_token_ids
+        engine = cls(model, eos, options, weights_identity=identity, progress=progress)
         tokens = engine.pool.num_blocks * options.block_size
         logger.info("KV cache for %d tokens: %.1f s", tokens, time.perf_counter() - began)
         return engine
@@ -151,7 +178,7 @@ class Engine:
 
     def step(self) -> bool:
         """Compute one batch and deliver its tokens; False when there is nothing to do."""
-        chunks = self.scheduler.schedule()
+        chunks = self.pipeline.compose()
         if not chunks:
             return self._idle()
         outcome = self._compute(chunks)
@@ -262,12 +289,26 @@ class Engine:
         return outcome
 
     def _attempt(self, chunks: Ordered[Chunk]) -> StepResult | str:
-        """Run the chunks -> what they gave, or the sentence for those whose requests cannot be computed."""
+        """Run the chunks -> what they gave, or the sentence for those whose requests cannot be computed.
+
+        Raises `EngineFailedError` if the device computes nothing more.
+        """
         try:
-            result = self.runner.run(chunks, self.drafter.follows)
+            result = self.pipeline.run(chunks)
         except Exception as error:
+            if is_device_lost(error):
+                raise EngineFailedError(DEVICE_LOST) from error
             logger.exception("A step of %d sequences failed", len(chunks))
-            return explain(error)
+            said, memory_ran_out = explain(error, self.device), is_out_of_memory(error)
+        else:
+            self._note(chunks, result)
+            return result
+        if memory_ran_out:  # what the step held is free only here, behind the error's traceback
+            free_unused_memory(self.device)
+        return said
+
+    def _note(self, chunks: Ordered[Chunk], result: StepResult) -> None:
+        """Count a computed step, and learn from it."""
         self._steps += 1
         computed = sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks)
         self._computed_tokens += computed
@@ -275,7 +316,6 @@ class Engine:
         self._last_step_seconds = result.seconds + result.predictor_seconds
         self._learn_speed(chunks, self._last_step_seconds)
         self.drafter.learn(chunks, result.sampled, result.seconds, result.predictor_seconds)
-        return result
 
     def _give_up(self, failed: Ordered[tuple[Sequence, str]]) -> None:
         """End the requests that could not be computed; the others lose nothing."""
@@ -316,9 +356,9 @@ class Engine:
         sampling = (chunk.sequence for chunk in chunks if chunk.samples)
         for sequence, sampled in zip(sampling, result.sampled, strict=True):
             for place, token in enumerate(sampled.tokens):
+                if sequence.status is SequenceStatus.FINISHED or sequence.num_uncomputed_tokens > min(place, 1):
+                    break  # its sink ended it or forced other tokens: what was computed beyond does not follow
                 if place > 0:
-                    if sequence.status is SequenceStatus.FINISHED or sequence.num_uncomputed_tokens > 1:
-                        break  # its sink ended it or forced other tokens: what was drafted beyond does not follow
                     self.scheduler.accept(sequence)
                 if isinstance(token, str):
                     self.pool.forget(sequence)  # what could not be read from must not be found again
@@ -415,12 +455,3 @@ def _has_predictor(model: ErnieModel, options: EngineOptions) -> bool:
     if model.mtp is None and options.speculation == "mtp":
         raise OptionError("speculation is 'mtp' but the model has no multi-token predictor: choose ngram, auto or off.")
     return model.mtp is not None
-
-
-def _device(name: str) -> str:
-    """The device that an option names; "auto" is a GPU where there is one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise OptionError(f"device is {name!r} but no NVIDIA GPU can be used here: choose cpu or auto.")
-    return name

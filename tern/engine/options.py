@@ -34,9 +34,11 @@ class EngineOptions:
     `block_size`: tokens a cache block holds. The cache's size is `num_kv_blocks` blocks or `kv_cache_memory` bytes or,
     with neither, what `tern.engine.cache_size` takes from free memory; `kv_cache_dtype` is what its keys and values are
     kept in: "auto" is the model's own type; "int8" on a CPU and "fp8" (or "fp8_e4m3") on a GPU take about half of
-    bfloat16's memory. `enable_prefix_caching` reuses the blocks of prompts that begin alike; in the directory
-    `kv_cache_dir` they outlive the engine, in files of at most `kv_cache_dir_size` bytes together (None:
-    `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before new ones are refused;
+    bfloat16's memory. On a GPU, weights, steps and cache together take `gpu_memory_utilization` of its memory,
+    `enforce_eager` computes every step without CUDA graphs, and `async_scheduling` begins a step before the tokens of
+    the one before are delivered; None does so on a GPU. `enable_prefix_caching` reuses the blocks of prompts that
+    begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most `kv_cache_dir_size` bytes
+    together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before new ones are refused;
     `max_queue_tokens`: tokens of their prompts that may, save that a single one always may; None never refuses.
     `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in 4 or 8
     bits ("wint4", "wint8"); "none" keeps them floats; None does as the files suggest: floats stay floats, weights of
@@ -58,6 +60,9 @@ class EngineOptions:
     num_kv_blocks: int | None = None
     kv_cache_memory: int | None = None
     kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
+    async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
     kv_cache_dir: str | os.PathLike[str] | None = None
     kv_cache_dir_size: int | None = None
@@ -83,7 +88,10 @@ class EngineOptions:
         _optional_integer("max_queue", self.max_queue, 1, 2**20)
         _optional_integer("max_queue_tokens", self.max_queue_tokens, 1, 2**40)
         _check_target_step_seconds(self.target_step_seconds)
-        for name in ("enable_prefix_caching", "check_integrity_when_idle"):
+        _check_utilization(self.gpu_memory_utilization)
+        if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
+            raise OptionError(f"async_scheduling is {self.async_scheduling!r}: it must be true, false or None.")
+        for name in ("enable_prefix_caching", "enforce_eager", "check_integrity_when_idle"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name} is {getattr(self, name)!r}: it must be true or false.")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -115,6 +123,11 @@ class EngineOptions:
         _integer("prompt_lookup_min", self.prompt_lookup_min, 1, self.prompt_lookup_max)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
+
+    @property
+    def wants_fp8(self) -> bool:
+        """Whether weights or cache are to be kept in fp8, which not every GPU can multiply."""
+        return any(str(value).startswith("fp8") for value in (self.quantization, self.kv_cache_dtype))
 
     def _check_kv_cache_dir(self) -> None:
         directory, size = self.kv_cache_dir, self.kv_cache_dir_size
@@ -173,3 +186,10 @@ def _optional_integer(name: str, value: object, low: int, high: int) -> None:
 def _check_target_step_seconds(value: object) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600):
         raise OptionError(f"target_step_seconds is {value!r}: it must be a number of seconds above 0, at most 3600.")
+
+
+def _check_utilization(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise OptionError(
+            f"gpu_memory_utilization is {value!r}: it must be a share of the GPU's memory above 0, at most 1."
+        )

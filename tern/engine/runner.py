@@ -5,16 +5,20 @@ Knows chunks, block tables and the model's door; knows no queue and no request's
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tern.engine.choice import GreedyChoice
+from tern.engine.device import current
+from tern.engine.graphs import Capture, DecodeGraphs
+from tern.engine.packing import PackedStep, pack
 from tern.engine.predictor import Followed, Predictor
 from tern.engine.request import GeneratedToken, ScoredToken
 from tern.engine.sampler import Sampler, score
@@ -25,6 +29,7 @@ from tern.model.batch import Batch, KVCache
 if TYPE_CHECKING:
     from tern.model import ErnieModel
 
+logger = logging.getLogger(__name__)
 
 SCORED_ROWS = 128
 """Rows of a prompt whose logits stand in memory at once: a row of a large vocabulary is 400 KB."""
@@ -61,11 +66,30 @@ class StepResult:
     predictor_seconds: float = 0.0
 
 
+@dataclass
+class BegunStep:
+    """A step whose work is enqueued on the device, or done where nothing is enqueued.
+
+    `logits` are those of the rows that sample, None if none does. On a device that replays graphs the next step
+    overwrites `batch` and `hidden`. `choice` has the tokens where the step after this one was begun already. `started`:
+    when it was begun, a time of `time.perf_counter()`.
+    """
+
+    chunks: Ordered[Chunk]
+    batch: Batch
+    hidden: Tensor
+    logits: Tensor | None
+    started: float
+    choice: GreedyChoice | None = None
+
+
 class Runner:
     """Computes steps with `model` and a cache of `num_blocks` blocks of `block_size` tokens in `kv_dtype`.
 
-    With `predicted_drafts`, and at most `max_num_seqs` sequences a step, those that are followed get drafts from the
-    model's predictor for the next step.
+    A step is computed by `run`, or by `begin` and `finish` with the beginning of the next one between them. With
+    `capture`, and at most `max_num_seqs` sequences of `max_model_len` tokens a step, decodes are computed by what it
+    captures (`tern.engine.graphs`). With `predicted_drafts`, sequences that are followed get drafts from the model's
+    predictor for the next step.
     """
 
     def __init__(
@@ -76,12 +100,29 @@ class Runner:
         block_size: int,
         kv_dtype: torch.dtype,
         max_num_seqs: int,
+        max_model_len: int,
         predicted_drafts: int = 0,
+        capture: Capture | None = None,
+        progress: bool = False,
     ) -> None:
         self.model = model
+        spare = num_blocks  # for the padding of graphs
         self.kv = KVCache.allocate(
-            model.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=model.device
+            model.config,
+            num_blocks=num_blocks + (capture is not None),
+            block_size=block_size,
+            dtype=kv_dtype,
+            device=model.device,
         )
+        self.graphs: DecodeGraphs | None = None
+        if capture is not None:
+            sizes = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "spare_block": spare}
+            try:
+                self.graphs = DecodeGraphs(model, self.kv, **sizes, capture=capture, progress=progress)
+            except RuntimeError:
+                logger.exception(
+                    "Decode steps cannot be captured as CUDA graphs, so they run without: slower, not wrong"
+                )
         self.sampler = Sampler()
         self.predictor: Predictor | None = None
         if predicted_drafts:
@@ -100,32 +141,67 @@ class Runner:
         ahead = self.predictor.sampler.grammar_seconds if self.predictor is not None else 0.0
         return self.sampler.grammar_seconds + ahead
 
-    @torch.inference_mode()
     def run(self, chunks: Ordered[Chunk], follows: Callable[[Sequence], bool] = lambda _: False) -> StepResult:
         """Compute the chunks, and let the predictor draft for the sequences that it `follows`."""
-        started = time.perf_counter()
-        batch = pack(chunks, self.kv.block_size, self.model.device)
-        hidden = self.model.hidden(batch, self.kv)
-        sampled = self._sample(hidden, batch, chunks)
-        scores = self._score(hidden, chunks)
-        computed = time.perf_counter()
-        if self.predictor is None or not any(follows(chunk.sequence) for chunk in chunks):
-            return StepResult(sampled, scores, computed - started)
-        sampled = self._predict(self.predictor, hidden, batch, chunks, sampled, follows)
-        return StepResult(sampled, scores, computed - started, time.perf_counter() - computed)
+        return self.finish(self.begin(chunks), follows)
 
-    def _sample(self, hidden: Tensor, batch: Batch, chunks: Ordered[Chunk]) -> list[Sampled]:
+    @torch.inference_mode()
+    def begin(self, chunks: Ordered[Chunk], after: BegunStep | None = None) -> BegunStep:
+        """Enqueue the network's work for the chunks.
+
+        `after` is the step before, if that is not finished: then both are decodes, `chunks` continue sequences of it,
+        and their tokens are those that it chooses greedily, taken on the device. Its `choice` is set.
+        """
+        started = time.perf_counter()
+        with current(self.model.device):
+            token_ids = None
+            if after is not None:
+                assert after.logits is not None
+                after.choice = after.choice or GreedyChoice.of(after.logits)
+                token_ids = _tokens_for(chunks, after.chunks, after.choice.tokens)
+            step = pack(chunks, self.kv.block_size, ahead=0 if after is None else 1)
+            batch, hidden, logits = self._compute(step, token_ids)
+        return BegunStep(chunks, batch, hidden, logits, started)
+
+    @torch.inference_mode()
+    def finish(self, begun: BegunStep, follows: Callable[[Sequence], bool] = lambda _: False) -> StepResult:
+        """Wait for what a step gives, and let the predictor draft for the sequences that it `follows`."""
+        chunks = begun.chunks
+        with current(self.model.device):
+            sampled = self._sample(begun)
+            scores = self._score(begun.hidden, chunks)
+            computed = time.perf_counter()
+            if self.predictor is None or not any(follows(chunk.sequence) for chunk in chunks):
+                return StepResult(sampled, scores, computed - begun.started)
+            sampled = self._predict(self.predictor, begun.hidden, begun.batch, chunks, sampled, follows)
+        return StepResult(sampled, scores, computed - begun.started, time.perf_counter() - computed)
+
+    def _compute(self, step: PackedStep, token_ids: Tensor | None) -> tuple[Batch, Tensor, Tensor | None]:
+        """The step on the device, its hidden states, and the logits of the rows that sample."""
+        if self.graphs is not None and self.graphs.takes(step):
+            batch, hidden = self.graphs.run(step, token_ids)
+            return batch, hidden, self.model.logits(hidden)
+        batch = step.on(self.model.device)
+        if token_ids is not None:
+            batch.token_ids.copy_(token_ids)
+        hidden = self.model.hidden(batch, self.kv)
+        if not len(step.logit_rows):
+            return batch, hidden, None
+        return batch, hidden, self.model.logits(hidden.index_select(0, batch.logit_rows))
+
+    def _sample(self, begun: BegunStep) -> list[Sampled]:
         """Draw the next token of every sequence that samples, and the one after each of its drafts."""
+        if begun.logits is None:
+            return []
+        if begun.choice is not None:
+            return [Sampled([token]) for token in begun.choice.finish()]
+        sampling = [chunk for chunk in begun.chunks if chunk.samples]
         rows = [
             Continuation(chunk.sequence, chunk.drafts[:ahead]) if ahead else chunk.sequence
-            for chunk in chunks
-            if chunk.samples
+            for chunk in sampling
             for ahead in range(1 + len(chunk.drafts))
         ]
-        if not rows:
-            return []
-        logits = self.model.logits(hidden.index_select(0, batch.logit_rows))
-        return verify([chunk.drafts for chunk in chunks if chunk.samples], self.sampler.sample(logits, rows))
+        return verify([chunk.drafts for chunk in sampling], self.sampler.sample(begun.logits, rows))
 
     def _score(self, hidden: Tensor, chunks: Ordered[Chunk]) -> dict[int, list[ScoredToken] | str]:
         """Score the prompt tokens that the chunks' rows of `hidden` [tokens, hidden_size] precede."""
@@ -173,6 +249,15 @@ class Runner:
         return [replace(result, predicted=by_entry.get(entry, ())) for entry, result in enumerate(sampled)]
 
 
+def _tokens_for(chunks: Ordered[Chunk], before: Ordered[Chunk], tokens: Tensor) -> Tensor:
+    """Of the `tokens` of the chunks `before`, on the device, those that `chunks` begin with, which are some of them."""
+    if len(chunks) == len(before):
+        return tokens
+    places = {chunk.sequence: place for place, chunk in enumerate(before)}
+    wanted = torch.tensor([places[chunk.sequence] for chunk in chunks])
+    return tokens.index_select(0, wanted.to(tokens.device, non_blocking=True))
+
+
 def verify(drafts: Ordered[tuple[int, ...]], drawn: Ordered[GeneratedToken | str]) -> list[Sampled]:
     """What stands of `drawn`: for each sequence the token after its own tokens and the one after each of its drafts.
 
@@ -190,51 +275,3 @@ def verify(drafts: Ordered[tuple[int, ...]], drawn: Ordered[GeneratedToken | str
             kept += 1
         sampled.append(Sampled(list(tokens[:kept])))
     return sampled
-
-
-def pack(chunks: Ordered[Chunk], block_size: int, device: torch.device) -> Batch:
-    """Lay the chunks' tokens out as the model reads them (see `tern.model.batch`).
-
-    Everything is written into one int64 buffer, which reaches the device in a single copy.
-    """
-    counts = np.array([chunk.num_tokens + len(chunk.drafts) for chunk in chunks])
-    firsts = np.array([chunk.sequence.num_computed_tokens for chunk in chunks])
-    context_lens = firsts + counts
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    longest = int(context_lens.max())
-
-    token_ids = np.empty(starts[-1], np.int64)
-    tables = np.zeros((len(chunks), -(-longest // block_size)), np.int64)
-    for row, chunk in enumerate(chunks):
-        tokens = np.frombuffer(chunk.sequence.token_ids, np.int64)
-        first_draft = starts[row] + chunk.num_tokens
-        token_ids[starts[row] : first_draft] = tokens[firsts[row] : firsts[row] + chunk.num_tokens]
-        token_ids[first_draft : starts[row + 1]] = chunk.drafts
-        table = np.frombuffer(chunk.sequence.block_table, np.int64)[: tables.shape[1]]
-        tables[row, : len(table)] = table
-    owners = np.repeat(np.arange(len(chunks)), counts)
-    positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - firsts, counts)
-    slots = tables[owners, positions // block_size] * block_size + positions % block_size
-    logit_rows = np.concatenate(
-        [np.empty(0, np.int64)]
-        + [
-            np.arange(end - 1 - len(chunk.drafts), end)
-            for chunk, end in zip(chunks, starts[1:], strict=True)
-            if chunk.samples
-        ]
-    )
-
-    parts = (token_ids, positions, slots, starts, context_lens, tables.ravel(), logit_rows)
-    packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-    views: list[Tensor] = list(torch.split(packed, [len(part) for part in parts]))
-    return Batch(
-        token_ids=views[0],
-        positions=views[1],
-        slots=views[2],
-        query_starts=views[3],
-        context_lens=views[4],
-        block_tables=views[5].view(tables.shape),
-        logit_rows=views[6],
-        max_query_len=int(counts.max()),
-        max_context_len=longest,
-    )

@@ -15,8 +15,9 @@ first in order one day (`docs/decisions/0017`). Where places or blocks are short
 passes it then.
 
 A step of decodes alone may carry drafts (`tern.engine.drafts`) in a fourth move, within the budget and in blocks that
-nobody else is about to need. A preempted sequence keeps its tokens, loses its blocks and is computed again later; its
-output does not change.
+nobody else is about to need. Where nothing else can come next, a step of decodes may be composed before the one before
+it has given its tokens (`follow`). A preempted sequence keeps its tokens, loses its blocks and is computed again later;
+its output does not change.
 The first in order can take the blocks of all others and a full-length sequence fits the pool, so work always goes on.
 """
 
@@ -134,10 +135,34 @@ class Scheduler:
         chunks += self._read([sequence for sequence in ready if sequence.num_uncomputed_tokens > 1], len(chunks))
         return self._with_drafts(chunks) if all(chunk.is_decode for chunk in chunks) else chunks
 
+    def follow(self, chunks: Ordered[Chunk]) -> list[Chunk]:
+        """The step after `chunks`, composed before it is known what they give; empty if it has to wait for that.
+
+        It can be if all that runs decodes in `chunks`, nobody could be started, and a block is free for each that needs
+        one. Each sequence goes on by one token, those apart that are then at their end. `drafter` is not asked.
+        """
+        live = [chunk.sequence for chunk in chunks if chunk.sequence.status is SequenceStatus.RUNNING]
+        decodes = all(chunk.is_decode and not chunk.drafts for chunk in chunks)
+        if not decodes or len(live) != len(self.running) or any(s.num_uncomputed_tokens != 1 for s in live):
+            return []
+        lasting = [sequence for sequence in live if len(sequence.token_ids) + 1 < sequence.max_length]
+        if self.waiting and len(lasting) < self.max_num_seqs:
+            return []
+        if sum(self.pool.blocks_missing(sequence, 1) for sequence in lasting) > self.pool.num_free_blocks:
+            return []
+        for sequence in lasting:
+            self.pool.reserve(sequence, 1)
+        return [Chunk(sequence, 1, samples=True) for sequence in lasting]
+
     def commit(self, chunks: Ordered[Chunk]) -> None:
-        """Note that the step's tokens are computed, and make their full blocks findable."""
+        """Note that the step's tokens are computed, and make their full blocks findable.
+
+        Sequences that ended while it was computed own no blocks any more.
+        """
         for chunk in chunks:
             sequence = chunk.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
             first = sequence.num_computed_tokens
             sequence.num_computed_tokens += chunk.num_tokens
             self.pool.remember(sequence, first)

@@ -20,7 +20,7 @@ from tern.engine.engine import Engine
 from tern.engine.request import FinishReason, Request
 from tern.engine.sequence import Sequence, SequenceStatus
 from tern.engine.stats import EngineFacts, EngineStats, PromptProgress
-from tern.errors import EngineUnavailableError, InvalidRequestError
+from tern.errors import EngineFailedError, EngineUnavailableError, InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
@@ -188,24 +188,24 @@ class EngineService:
             while self._turn():
                 pass
             self._engine.end_all(FinishReason.CANCELLED, STOPPED)
-        except BaseException:  # whatever it is: nobody else would notice that the thread is gone
+        except BaseException as error:  # whatever it is: nobody else would notice that the thread is gone
             logger.exception("The engine has failed")
-            self._fail()
+            self._fail(str(error) if isinstance(error, EngineFailedError) else FAILED)
         finally:
             with self._changed:
                 self._idle = True
                 self._changed.notify_all()
             self._engine.close()
 
-    def _fail(self) -> None:
-        """Take no more requests, and end all there are."""
+    def _fail(self, message: str) -> None:
+        """Take no more requests, and end all there are with that message."""
         with self._changed:
             self._state = ServiceState.FAILED
             submitted, self._submitted = list(self._submitted.values()), {}
         for sequence in submitted:
             with suppress(Exception):  # the queues may be what is broken; known to the engine it ends all the same
                 self._engine.enqueue(sequence)
-        self._engine.end_all(FinishReason.ERROR, FAILED)
+        self._engine.end_all(FinishReason.ERROR, message)
 
     def _turn(self) -> bool:
         """Take up what callers left, then do one step, or sleep until there is one to do; False to end the thread."""

@@ -8,14 +8,22 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tern.engine.device import is_out_of_memory
 from tern.engine.runner import StepResult
 from tern.engine.scheduler import Chunk
-from tern.engine.sequence import Sequence
+from tern.engine.sequence import Sequence, SequenceStatus
 
 STEP_FAILED = "The engine failed while computing this request; its log says why. Other requests go on: try again."
 OUT_OF_MEMORY = (
     "There was not enough memory to compute this request: send a shorter one, or try again with fewer others."
 )
+
+GPU_OUT_OF_MEMORY = (
+    "There was not enough memory on the GPU to compute this request: send a shorter one, or try again with fewer "
+    "others; whoever runs Tern can lower --gpu-memory-utilization, so that the cache takes less of it, or "
+    "--max-num-batched-tokens, so that a step does."
+)
+DEVICE_LOST = "The GPU failed and computes nothing more for this process; the engine's log says why. Start it again."
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ def compute_what_can_be(chunks: Ordered[Chunk], attempt: Callable[[Ordered[Chunk
     """Compute the chunks together or, if that fails, once more, each alone; `attempt` gives a sentence if it fails.
 
     What a step writes it can write again, and what it draws depends on nothing but the sequence. So a request that
-    cannot be computed takes no other with it.
+    cannot be computed takes no other with it. Sequences that ended while the step was in flight are not computed again.
     """
     whole = attempt(chunks)
     if not isinstance(whole, str):
@@ -51,6 +59,8 @@ def compute_what_can_be(chunks: Ordered[Chunk], attempt: Callable[[Ordered[Chunk
         return Outcome(failed=[(chunks[0].sequence, whole)])
     outcome = Outcome(repeated=True)
     for chunk in chunks:
+        if chunk.sequence.status is SequenceStatus.FINISHED:
+            continue
         alone = attempt([chunk])
         if isinstance(alone, str):
             outcome.failed.append((chunk.sequence, alone))
@@ -59,13 +69,8 @@ def compute_what_can_be(chunks: Ordered[Chunk], attempt: Callable[[Ordered[Chunk
     return outcome
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, device: torch.device) -> str:
     """The sentence for a request that could not be computed."""
-    return OUT_OF_MEMORY if is_out_of_memory(error) else STEP_FAILED
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: for torch's allocator on the processor that is a `RuntimeError` like any other."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if not is_out_of_memory(error):
+        return STEP_FAILED
+    return GPU_OUT_OF_MEMORY if device.type == "cuda" else OUT_OF_MEMORY

@@ -16,6 +16,7 @@ from tern.bench import doctor as doctor_module
 from tern.checkpoint import load_tensors, resolve_model, weight_bytes
 from tern.cli import main
 from tern.engine.cache_size import token_bytes
+from tern.engine.fits import RUNNING_BYTES
 from tern.ops import cpu
 
 
@@ -109,7 +110,7 @@ def test_the_advice_is_what_serves(
     assert found.advice == advice
     for fit in found.fits:
         used = fit.weights_gb * 1e9 + fit.longest_context * token_bytes(source.config, torch.bfloat16)
-        assert not fit.fits or used + doctor_module.RUNNING_BYTES <= free
+        assert not fit.fits or used + RUNNING_BYTES <= free
 
 
 def test_a_card_is_described_and_preferred(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,3 +48,15 @@ def test_loading_files_shows_the_model_s_name(monkeypatch: pytest.MonkeyPatch) -
         advance(1_000_000)
         advance(1_000_000)
     assert "Loading 小燕鸥" in stream.getvalue()
+
+
+def test_pieces_of_work_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = _Terminal()
+    monkeypatch.setattr(progress_module, "DELAY_SECONDS", -1.0)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress_module.item_progress("CUDA graphs", 7, enabled=True) as advance:
+        for _ in range(7):
+            advance(1)
+    assert "CUDA graphs" in terminal.getvalue()
+    assert "7/7" in terminal.getvalue()

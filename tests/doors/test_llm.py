@@ -198,9 +198,8 @@ def test_keywords_of_vllm_that_mean_nothing_here_are_accepted() -> None:
     llm = LLM(
         dtype=torch.float32,
         tensor_parallel_size=1,
-        gpu_memory_utilization=0.9,
+        swap_space=4,
         trust_remote_code=True,
-        enforce_eager=True,
         max_queue=4,
         max_model_len=64,
         progress=False,
@@ -208,6 +207,13 @@ def test_keywords_of_vllm_that_mean_nothing_here_are_accepted() -> None:
     assert llm.max_model_len == 64
     with pytest.raises(OptionError, match="tensor_parallel_size is 2"):
         LLM(tensor_parallel_size=2)
+
+
+def test_keywords_of_vllm_that_are_for_a_gpu_are_options() -> None:
+    llm = LLM(gpu_memory_utilization=0.5, enforce_eager=True, max_model_len=64, device="cpu", progress=False)
+    assert (llm._engine.options.gpu_memory_utilization, llm._engine.options.enforce_eager) == (0.5, True)
+    with pytest.raises(OptionError, match="gpu_memory_utilization is 90"):
+        LLM(gpu_memory_utilization=90, progress=False)
 
 
 def test_unknown_options_are_refused() -> None:

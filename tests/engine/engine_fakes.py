@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from tern.engine import CONTINUE, Engine, EngineOptions, Finish, GeneratedToken, Request, SamplingParams, Steering
 from tern.engine.block_pool import CachedBlock
+from tern.engine.graphs import Compute
 from tern.model.batch import Batch, KVCache
 
 VOCAB = 61
@@ -212,11 +214,34 @@ class MemoryStore:
         return bytes(data)
 
 
-def make_engine(model: Any = None, **options: Any) -> Engine:
-    """A small engine; without another wish 4-token blocks for four full sequences."""
+class StandInGraphs:
+    """Captures as a GPU does, without one: outputs lie where they lay at the capture, and each replay ruins those of
+    the other graphs, whose memory it shares."""
+
+    def __init__(self) -> None:
+        self.outputs: list[torch.Tensor] = []
+        self.replays = 0
+
+    def __call__(self, compute: Compute) -> Compute:
+        mine = compute().clone()
+        self.outputs.append(mine)
+
+        def replay() -> torch.Tensor:
+            self.replays += 1
+            found = compute()
+            for output in self.outputs:
+                output.fill_(float("nan"))
+            return mine.copy_(found)
+
+        return replay
+
+
+def make_engine(model: Any = None, *, graphs: StandInGraphs | None = None, **options: Any) -> Engine:
+    """A small engine; without another wish 4-token blocks for four full sequences, and no `graphs`."""
     values: dict[str, Any] = {"block_size": 4, "num_kv_blocks": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32}
     values |= {"speculation": "off", "target_step_seconds": None}  # or steps would depend on how long they take
-    return Engine(model or HashModel(), {EOS}, EngineOptions.from_keywords(**{**values, **options}))
+    with patch("tern.engine.engine.capture_for", lambda *_, **__: graphs):
+        return Engine(model or HashModel(), {EOS}, EngineOptions.from_keywords(**{**values, **options}))
 
 
 def make_request(request_id: str, prompt: list[int], *, sink: Recorder | None = None, **fields: Any) -> Request:

@@ -197,7 +197,7 @@ def test_options_that_do_not_fit_are_refused_before_weights_are_read(tmp_path: P
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
     source = ModelSource("none", tmp_path, network("moe").config, GenerationConfig(frozenset()))
-    with pytest.raises(OptionError, match="device is 'cuda:1' but no NVIDIA GPU"):
+    with pytest.raises(OptionError, match="device is 'cuda:1', "):
         Engine.open(source, EngineOptions(device="cuda:1"), progress=False)
 
 

@@ -11,7 +11,17 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from engine_fakes import EOS, HashModel, MemoryStore, Recorder, add, hash_context, make_engine, make_request
+from engine_fakes import (
+    EOS,
+    HashModel,
+    MemoryStore,
+    Recorder,
+    StandInGraphs,
+    add,
+    hash_context,
+    make_engine,
+    make_request,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +70,8 @@ sizes = st.fixed_dictionaries(
         "budget": st.integers(0, 20),
         "caching": st.sampled_from(["none", "memory", "store"]),
         "drafts": st.sampled_from([None, "right", "wrong", "half right"]),
+        "ahead": st.booleans(),
+        "graphs": st.booleans(),
     }
 )
 
@@ -139,7 +151,16 @@ def fit(fields: dict[str, Any]) -> dict[str, Any]:
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(size=sizes, plan=events)
 @example(  # two that grow in a pool for one
-    size={"block_size": 2, "spare": 0, "max_num_seqs": 4, "budget": 9, "caching": "memory", "drafts": "half right"},
+    size={
+        "block_size": 2,
+        "spare": 0,
+        "max_num_seqs": 4,
+        "budget": 9,
+        "caching": "memory",
+        "drafts": "half right",
+        "ahead": False,
+        "graphs": False,
+    },
     plan=[
         (
             "add",
@@ -164,6 +185,8 @@ def test_any_life_keeps_the_books_and_the_answers(size: dict[str, Any], plan: li
         max_num_seqs=size["max_num_seqs"],
         max_num_batched_tokens=size["max_num_seqs"] + size["budget"],
         enable_prefix_caching=size["caching"] != "none",
+        async_scheduling=size["ahead"],
+        graphs=StandInGraphs() if size["graphs"] else None,
     )
     if size["caching"] == "store":
         engine.pool.store = MemoryStore(engine.runner.kv)

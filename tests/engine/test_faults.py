@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from engine_fakes import HashModel, MemoryStore, Recorder, make_engine, make_request
 
 from tern.engine import EngineService, Finish, FinishReason
+from tern.engine import engine as engine_module
 from tern.engine import runner as runner_module
 from tern.engine.service import FAILED
-from tern.engine.step_failures import OUT_OF_MEMORY, STEP_FAILED
+from tern.engine.step_failures import DEVICE_LOST, GPU_OUT_OF_MEMORY, OUT_OF_MEMORY, STEP_FAILED
 from tern.errors import EngineUnavailableError
 
 PATIENCE = 60.0  # seconds; never reached unless something hangs
@@ -150,3 +152,74 @@ def test_what_is_submitted_while_the_engine_fails_is_answered(held: Held, monkey
     held.gate.set()
     assert first.result().message == FAILED
     assert late[0].result().message == FAILED
+
+
+class OnGpu(Held):
+    """A service whose engine believes that it runs on a GPU, and computes steps ahead as there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.service.engine.device = torch.device("cuda")
+        self.service.engine.pipeline._ahead = True
+
+
+@pytest.fixture
+def on_gpu() -> Iterator[OnGpu]:
+    made = OnGpu()
+    yield made
+    made.gate.set()
+    made.service.stop()
+
+
+def test_a_gpu_out_of_memory_is_freed_of_what_is_unused_and_goes_on(
+    on_gpu: OnGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not fit beside others is computed alone; what does not fit alone is told which options make room."""
+    model: Any = on_gpu.service.engine.runner.model
+    compute, held, freed = model.hidden, [], []
+
+    def hidden(batch: Any, kv: Any) -> Any:
+        if len(batch.token_ids) > 8:
+            held.append(len(batch.context_lens))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+        return compute(batch, kv)
+
+    monkeypatch.setattr(model, "hidden", hidden)
+    monkeypatch.setattr(engine_module, "free_unused_memory", freed.append)
+    small, other = submit(on_gpu.service, "small"), submit(on_gpu.service, "other")
+    large = submit(on_gpu.service, "large", prompt=[5] * 20)
+    on_gpu.gate.set()
+    assert (small.result().reason, other.result().reason) == (FinishReason.LENGTH, FinishReason.LENGTH)
+    assert (large.result().reason, large.end.message) == (FinishReason.ERROR, GPU_OUT_OF_MEMORY)
+    assert "--gpu-memory-utilization" in GPU_OUT_OF_MEMORY
+    assert "--max-num-batched-tokens" in GPU_OUT_OF_MEMORY
+    assert 2 in held, "the two that were too large together"
+    assert freed == [torch.device("cuda")] * len(held)
+    assert on_gpu.service.state == "ready"
+    assert submit(on_gpu.service, "next").result().reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("stage", ["hidden", "finish"])
+@pytest.mark.parametrize("after", [0, 4])
+def test_a_lost_gpu_ends_every_request_and_the_engine(
+    on_gpu: OnGpu, stage: str, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner: Any = on_gpu.service.engine.runner.model if stage == "hidden" else on_gpu.service.engine.runner
+    works, calls = getattr(owner, stage), 0
+
+    def lose(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return works(*args)
+
+    monkeypatch.setattr(owner, stage, lose)
+    sinks = [submit(on_gpu.service, name, max_tokens=30) for name in ("a", "b", "queued")]
+    on_gpu.gate.set()
+    for sink in sinks:
+        assert (sink.result().reason, sink.end.message) == (FinishReason.ERROR, DEVICE_LOST)
+    on_gpu.service._thread.join(PATIENCE)
+    assert on_gpu.service.state == "failed", "for which /health answers 503 and the server ends with an error"
+    with pytest.raises(EngineUnavailableError, match="failed"):
+        submit(on_gpu.service, "late")

@@ -1,0 +1,139 @@
+"""Which device an engine runs on, what that device is, and which errors mean that it ran out of memory or is gone.
+
+Knows torch's view of devices; knows no model and no cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from tern.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+LEAST_CAPABILITY = (8, 0)
+"""Compute capability from which on there is bfloat16."""
+FP8_CAPABILITY = (8, 9)
+"""Compute capability from which on there are products of fp8."""
+CONTEXT_BYTES = 1_000_000_000
+"""What a process takes of a GPU before it has stored anything there, and a little more."""
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """A card as torch sees it: compute capability (major, minor), memory in bytes, what of it is free now."""
+
+    name: str
+    capability: tuple[int, int]
+    total: int
+    free: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> GpuFacts:
+        """Ask torch. The first question of a process starts its context on the card, which takes memory too."""
+        properties = torch.cuda.get_device_properties(device)
+        free, total = torch.cuda.mem_get_info(device)
+        return cls(properties.name, (properties.major, properties.minor), int(total), int(free))
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are not free beyond what any process needs: before the weights are loaded, other processes'."""
+        return max(0, self.total - self.free - CONTEXT_BYTES)
+
+
+def resolve_device(name: str, *, fp8: bool = False) -> torch.device:
+    """The device that an option names; "auto" is the first GPU if it can be used, else the processor.
+
+    `fp8`: weights or cache are to be kept in it. Raises `OptionError` that says what is missing: a torch that was
+    built for GPUs, a driver, the card of that number, or a newer card.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name != "auto":
+        _check_present(name)
+    device = torch.device("cuda", torch.device("cuda:0" if name == "auto" else name).index or 0)
+    facts = GpuFacts.of(device)
+    problem = unfit(facts, fp8=fp8)
+    if problem is None:
+        if facts.taken > 0:
+            logger.warning("other processes hold %.1f GB of %s (%s)", facts.taken / 1e9, device, facts.name)
+        return device
+    if name == "auto" and not fp8:
+        logger.warning("%s So this runs on the processor.", problem)
+        return torch.device("cpu")
+    raise OptionError(problem)
+
+
+def _check_present(name: str) -> None:
+    """Raise `OptionError` unless there is a GPU of that name."""
+    if torch.version.cuda is None:
+        raise OptionError(
+            f"device is {name!r}, but this torch ({torch.__version__}) was built without CUDA: install the build of "
+            "torch for CUDA and pip install 'tern-llm[gpu]', or choose cpu or auto."
+        )
+    if not torch.cuda.is_available():
+        raise OptionError(
+            f"device is {name!r}, and this torch has CUDA {torch.version.cuda}, but no NVIDIA GPU can be used "
+            f"({_why_not()}): install or update NVIDIA's driver, or choose cpu or auto."
+        )
+    count, number = torch.cuda.device_count(), torch.device(name).index or 0
+    if number >= count:
+        raise OptionError(f"device is {name!r}, but there are {count} GPUs here: choose cuda:0 to cuda:{count - 1}.")
+
+
+def _why_not() -> str:
+    """What torch says about the driver or the cards, its first sentence."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:
+        return str(error).split(". ")[0].rstrip(".")
+    return "torch names no reason"
+
+
+def unfit(facts: GpuFacts, *, fp8: bool) -> str | None:
+    """Why the card cannot be used, as a sentence, or None."""
+    has = f"{facts.name} has compute capability {facts.capability[0]}.{facts.capability[1]}"
+    if facts.capability < LEAST_CAPABILITY:
+        return f"{has}, and Tern's kernels need 8.0 or newer (bfloat16): choose another GPU, or cpu."
+    if fp8 and facts.capability < FP8_CAPABILITY:
+        return f"{has}, and fp8 needs 8.9 or newer: choose another precision, or another GPU."
+    return None
+
+
+def current(device: torch.device) -> AbstractContextManager[None]:
+    """Make `device` the one on which this thread launches kernels, inside the block."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def free_unused_memory(device: torch.device) -> None:
+    """Give back what torch's allocator keeps without need, so that pieces of it do not stand in the way."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: for torch's allocator on the processor that is a `RuntimeError` like any other."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in said or (_is_of_cuda(error) and "out of memory" in said)
+    )
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the GPU computes nothing more for this process: after an error of CUDA, each later call fails too."""
+    return _is_of_cuda(error) and not is_out_of_memory(error)
+
+
+def _is_of_cuda(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    said = str(error)
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and ("CUDA error" in said or "Triton Error [CUDA]" in said)
+    )

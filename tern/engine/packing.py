@@ -1,0 +1,90 @@
+"""Chunks of a step to the flat row of tokens that the model reads. Knows chunks and block tables; computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tern.engine.scheduler import Chunk
+from tern.model.batch import Batch
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """A step's numbers on the host, named and shaped as in `tern.model.batch.Batch`."""
+
+    token_ids: Integers
+    positions: Integers
+    slots: Integers
+    query_starts: Integers
+    context_lens: Integers
+    block_tables: Integers
+    logit_rows: Integers
+    max_query_len: int
+    max_context_len: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence has one token, which is followed by a sampled one."""
+        return self.max_query_len == 1 and len(self.logit_rows) == len(self.token_ids)
+
+    def on(self, device: torch.device) -> Batch:
+        """The step on a device. All of it lies in one buffer and goes there in a single copy."""
+        tables = self.block_tables
+        heads = (self.token_ids, self.positions, self.slots, self.query_starts, self.context_lens, self.logit_rows)
+        parts = (*heads, tables.ravel())
+        packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+        views: list[Tensor] = list(torch.split(packed, [len(part) for part in parts]))
+        return Batch(
+            token_ids=views[0],
+            positions=views[1],
+            slots=views[2],
+            query_starts=views[3],
+            context_lens=views[4],
+            block_tables=views[6].view(tables.shape),
+            logit_rows=views[5],
+            max_query_len=self.max_query_len,
+            max_context_len=self.max_context_len,
+        )
+
+
+def pack(chunks: Ordered[Chunk], block_size: int, ahead: int = 0) -> PackedStep:
+    """Lay the chunks' tokens out as the model reads them.
+
+    With `ahead`, the chunks follow so many computed tokens that are not noted as such yet, and tokens that the
+    sequences do not have yet are packed as 0.
+    """
+    counts = np.array([chunk.num_tokens + len(chunk.drafts) for chunk in chunks])
+    firsts = np.array([chunk.sequence.num_computed_tokens + ahead for chunk in chunks])
+    context_lens = firsts + counts
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    longest = int(context_lens.max())
+
+    token_ids = np.zeros(starts[-1], np.int64)
+    tables = np.zeros((len(chunks), -(-longest // block_size)), np.int64)
+    for row, chunk in enumerate(chunks):
+        tokens = np.frombuffer(chunk.sequence.token_ids, np.int64)[firsts[row] : firsts[row] + chunk.num_tokens]
+        first_draft = starts[row] + chunk.num_tokens
+        token_ids[starts[row] : starts[row] + len(tokens)] = tokens
+        token_ids[first_draft : starts[row + 1]] = chunk.drafts
+        table = np.frombuffer(chunk.sequence.block_table, np.int64)[: tables.shape[1]]
+        tables[row, : len(table)] = table
+    owners = np.repeat(np.arange(len(chunks)), counts)
+    positions = np.arange(starts[-1]) - np.repeat(starts[:-1] - firsts, counts)
+    slots = tables[owners, positions // block_size] * block_size + positions % block_size
+    logit_rows = np.concatenate(
+        [np.empty(0, np.int64)]
+        + [
+            np.arange(end - 1 - len(chunk.drafts), end)
+            for chunk, end in zip(chunks, starts[1:], strict=True)
+            if chunk.samples
+        ]
+    )
+    return PackedStep(token_ids, positions, slots, starts, context_lens, tables, logit_rows, int(counts.max()), longest)

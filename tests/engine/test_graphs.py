@@ -1,0 +1,182 @@
+"""Decode steps over static buffers, padded: exactly what the same steps give unpadded. On a GPU, replayed as graphs."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from typing import Any
+
+import pytest
+import torch
+from engine_fakes import StandInGraphs, add, make_engine, make_request, run
+from test_engine_model import ANSWER, PROMPTS, SMALL, build, network, plain_answer
+
+from tern.engine import Engine
+from tern.engine import engine as engine_module
+from tern.engine.graphs import Compute, DecodeGraphs, capture_for, graph_sizes
+from tern.engine.packing import PackedStep, pack
+from tern.engine.sampling_state import SamplingState
+from tern.engine.scheduler import Chunk
+from tern.engine.sequence import Sequence
+from tern.model import ErnieModel, KVCache
+
+BLOCK = 4
+ROWS = 11  # no power of two, and no multiple of 8
+BLOCKS = 40
+LENGTH = int(SMALL["max_position_embeddings"])  # type: ignore[call-overload]
+
+
+def test_sizes_are_those_of_the_field_up_to_the_largest_step() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    assert graph_sizes(8) == [1, 2, 4, 8]
+    assert graph_sizes(30) == [1, 2, 4, 8, 16, 24, 30]
+    assert graph_sizes(256)[-3:] == [240, 248, 256]
+
+
+def cache(model: ErnieModel) -> KVCache:
+    """A cache of random content, and one block more for padding, which holds NaN."""
+    kv = KVCache.allocate(model.config, num_blocks=BLOCKS + 1, block_size=BLOCK, dtype=model.dtype, device=model.device)
+    for seed, part in enumerate((kv.keys, kv.values)):
+        part.copy_(torch.randn(part.shape, generator=torch.Generator().manual_seed(seed)))
+        part[:, :, BLOCKS] = float("nan")
+    return kv
+
+
+def decode(rows: int, shift: int = 0) -> PackedStep:
+    """A decode of so many sequences, of 1 to 12 tokens each, in blocks of their own."""
+    chunks = []
+    for row in range(rows):
+        length = 1 + (row * 5 + shift) % 12
+        request = make_request(str(row), [(row * 7 + place + shift) % 300 + 3 for place in range(length)])
+        sequence = Sequence(
+            request, max_length=LENGTH, stop_ids=frozenset(), sampling=SamplingState(request, frozenset())
+        )
+        sequence.num_computed_tokens = length - 1
+        first = (row + shift) % ROWS * 3
+        sequence.block_table = array("q", range(first, first + -(-length // BLOCK)))
+        chunks.append(Chunk(sequence, 1, samples=True))
+    return pack(chunks, BLOCK)
+
+
+def unpadded(model: ErnieModel, kv: KVCache, step: PackedStep) -> torch.Tensor:
+    return model.hidden(step.on(model.device), kv)
+
+
+@pytest.mark.parametrize("architecture", ["dense", "moe bf16", "moe wint4"])
+def test_padded_steps_give_what_unpadded_ones_give(architecture: str) -> None:
+    model = network(architecture)
+    plain, padded = cache(model), cache(model)
+    graphs = DecodeGraphs(
+        model, padded, max_num_seqs=ROWS, max_model_len=LENGTH, spare_block=BLOCKS, capture=StandInGraphs()
+    )
+    for rows in [*range(1, ROWS + 1), 1, ROWS, 2]:
+        step = decode(rows, shift=rows)
+        assert graphs.takes(step)
+        batch, hidden = graphs.run(step)
+        wanted = unpadded(model, plain, step)
+        assert wanted.isfinite().all()
+        assert torch.equal(hidden, wanted)
+        assert torch.equal(model.logits(hidden), model.logits(wanted))
+        assert batch.token_ids.tolist() == step.token_ids.tolist()
+        assert batch.context_lens.tolist() == step.context_lens.tolist()
+        for part, whole in ((padded.keys, plain.keys), (padded.values, plain.values)):
+            assert torch.equal(part[:, :, :BLOCKS], whole[:, :, :BLOCKS]), "padding wrote where others' keys are"
+
+
+def test_tokens_may_come_from_the_device() -> None:
+    model, kv = network("dense"), cache(network("dense"))
+    graphs = DecodeGraphs(
+        model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, spare_block=BLOCKS, capture=StandInGraphs()
+    )
+    step = decode(5)
+    wanted = graphs.run(step)[1].clone()
+    tokens = torch.from_numpy(step.token_ids.copy())
+    step.token_ids[:] = 0
+    assert torch.equal(graphs.run(step, tokens)[1], wanted)
+    assert not torch.equal(graphs.run(step)[1], wanted)
+
+
+def test_only_decodes_of_few_enough_are_taken() -> None:
+    model = network("dense")
+    graphs = DecodeGraphs(
+        model, cache(model), max_num_seqs=4, max_model_len=LENGTH, spare_block=BLOCKS, capture=StandInGraphs()
+    )
+    assert graphs.takes(decode(4))
+    assert not graphs.takes(decode(5))
+    request = make_request("a", [5, 6, 7])
+    sequence = Sequence(request, max_length=LENGTH, stop_ids=frozenset(), sampling=SamplingState(request, frozenset()))
+    sequence.block_table = array("q", [0, 1])
+    assert not graphs.takes(pack([Chunk(sequence, 3, samples=True)], BLOCK))
+    assert not graphs.takes(pack([Chunk(sequence, 1, samples=False)], BLOCK))
+    sequence.num_computed_tokens = 2
+    assert not graphs.takes(pack([Chunk(sequence, 1, samples=True, drafts=(4,))], BLOCK))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"async_scheduling": True}, {"block_size": 5, "speculation": "ngram"}], ids=str
+)
+@pytest.mark.parametrize("architecture", ["moe", "moe bf16", "moe mtp"])
+def test_answers_are_the_networks_own(
+    architecture: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = StandInGraphs()
+    monkeypatch.setattr(engine_module, "capture_for", lambda *_, **__: graphs)
+    speculation = {"speculation": "mtp"} if "mtp" in architecture else {}
+    engine = build(architecture, **{**options, **speculation})
+    sinks = [
+        add(engine, str(number), prompt, max_tokens=ANSWER, ignore_eos=True) for number, prompt in enumerate(PROMPTS)
+    ]
+    run(engine)
+    assert [sink.ids for sink in sinks] == [plain_answer(architecture, number) for number in range(len(PROMPTS))]
+    assert graphs.replays > 0
+    if not speculation:
+        assert (engine.pipeline.steps_ahead > 0) == ("async_scheduling" in options)
+
+
+def test_the_spare_block_is_nobodys() -> None:
+    engine = make_engine(graphs=StandInGraphs(), num_kv_blocks=30)
+    assert engine.pool.num_blocks == 30
+    assert engine.runner.kv.keys.shape[2] == 31
+    assert make_engine(num_kv_blocks=30).runner.kv.keys.shape[2] == 30
+
+
+def test_what_cannot_be_captured_runs_without(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Compute) -> Compute:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(engine_module, "capture_for", lambda *_, **__: refuse)
+    with caplog.at_level(logging.ERROR):
+        engine: Engine = build("dense")
+    assert engine.runner.graphs is None
+    assert "cannot be captured" in caplog.text
+    sink = add(engine, "a", PROMPTS[0], max_tokens=ANSWER, ignore_eos=True)
+    run(engine)
+    assert sink.ids == plain_answer("dense", 0)
+
+
+def test_the_processor_captures_nothing() -> None:
+    assert capture_for(torch.device("cpu"), enforce_eager=False) is None
+    assert capture_for(torch.device("cuda"), enforce_eager=True) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "ahead"])
+def test_a_gpu_answers_the_same_with_and_without(eager: bool, ahead: bool) -> None:
+    from tern.checkpoint import resolve_model
+    from tern.engine import EngineOptions
+
+    def answers(**options: Any) -> list[list[int]]:
+        chosen = EngineOptions(device="cuda", dtype="bfloat16", num_kv_blocks=200, max_model_len=256, **options)
+        engine = Engine.open(resolve_model(None), chosen, progress=False)
+        assert (engine.runner.graphs is None) == options["enforce_eager"]
+        sinks = [add(engine, str(n), p, max_tokens=ANSWER, ignore_eos=True) for n, p in enumerate(PROMPTS)]
+        run(engine)
+        return [sink.ids for sink in sinks]
+
+    wanted = answers(enforce_eager=True, async_scheduling=False, speculation="off")
+    assert answers(enforce_eager=eager, async_scheduling=ahead, speculation="off") == wanted
