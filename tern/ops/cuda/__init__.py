@@ -3,6 +3,7 @@
 Imported when a tensor lies on a GPU, or by a test: an installation for processors has no Triton and never looks for it.
 """
 
+from tern.ops.cuda.attention import GpuPlan, paged_attention
 from tern.ops.cuda.norms import add_rms_norm
 
-__all__ = ["add_rms_norm"]
+__all__ = ["GpuPlan", "add_rms_norm", "paged_attention"]
