@@ -1,8 +1,8 @@
 """Attention over a paged KV cache on a GPU. Knows block tables and positions; knows no layers and no requests.
 
 A row's context is cut at multiples of `PIECE` positions. Within a piece keys are visited in tiles of `TILE` with the
-running softmax of flash attention (arXiv 2205.14135); what the pieces came to is joined from the first to the last. Both
-cuts depend on positions alone, so there are two ways to the same sums:
+running softmax of flash attention (arXiv 2205.14135); what the pieces came to is joined from the first to the last.
+Both cuts depend on positions alone, so there are two ways to the same sums:
 
     few queries a sequence (decodes, drafts)          a chunk of many
     program     piece 0   1   2   3   4               program            piece 0   1   2   3   4
@@ -113,12 +113,13 @@ def _sizes(queries: Tensor, key_cache: Tensor, rows: int) -> dict[str, object]:
     """The constants of both kernels."""
     head_dim = queries.shape[2]
     width = max(16, triton.next_power_of_2(head_dim))
+    slab = width if width <= MAX_ROWS else width // 2
     return {
         "HEADS": queries.shape[1],
         "GROUP": queries.shape[1] // key_cache.shape[0],
         "DIM": head_dim,
         "WIDTH": width,
-        "SLAB": width if width <= MAX_ROWS else width // 2,
+        "SLAB": slab,
         "BLOCK_SIZE": key_cache.shape[3],
         "ROWS": rows,
         "TILE": TILE,
@@ -126,7 +127,7 @@ def _sizes(queries: Tensor, key_cache: Tensor, rows: int) -> dict[str, object]:
         "MULTIPLIED": _TRITON_TYPES[_multiplied(queries.dtype, key_cache.dtype)],
         "INTERPRETED": INTERPRETED,
         # 32 rows a warp, and never four warps: see the decision named above.
-        "num_warps": 1 if rows <= 32 else 2,
+        "num_warps": 1 if rows <= 32 or slab > rows else 2,
         "num_stages": 3,
         "enable_fp_fusion": False,
     }
@@ -264,11 +265,15 @@ def _attend(
 ):
     """`TOKENS` queries of a sequence, in all heads of a KV head, over pieces of their context.
 
-    SPLIT: program (p, g, s) takes every piece whose number is p modulo the programs, and writes sums [tokens of all
-    sequences, heads, pieces, D] and what belongs to them. Else program (tile, g) takes all pieces and writes the result.
+    SPLIT: program (p, g, s) takes every piece whose number is p modulo the programs, and writes its sums: [tokens of
+    all sequences, heads, pieces, D] and [tokens of all sequences, heads, pieces] twice. Else program (tile, g) takes
+    all pieces and writes the result.
 
-    Few rows should meet the limit of memory: a warp has 16 rows for one product's worth of tensor core, and several
-    such programs to a multiprocessor keep tiles in flight. Many rows should meet that of the tensor cores.
+    Few rows should meet the limit of memory: one warp for the 16 rows of a product, 21 KB of tiles on their way, so
+    that nine such programs share a multiprocessor. Many rows should meet the limit of the tensor cores: 32 rows a warp
+    use each fragment of keys twice, and what the registers cannot hold is the pieces before, which wait in local
+    memory and are read once a piece. The values are taken in two slabs of 64 columns where D is 128: with more columns
+    than rows the compiler would share out a row's keys among warps.
     """
     kv_head = tl.program_id(1).to(tl.int64)
     if SPLIT:
