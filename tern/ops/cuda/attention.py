@@ -34,11 +34,11 @@ At 4 096 positions a single sequence of four KV heads then has 64 programs. Twic
 half as many would double what is written and read again.
 """
 TILE = 32
-"""Keys visited at once: with 64, two warps of 64 rows have not enough registers for the scores."""
+"""Keys visited at once: with 64 the registers of neither kernel hold the scores, and every tile spills."""
 MAX_ROWS = 64
-"""Query rows of a program, a row for each head: 32 a warp, so that a tile's keys are fetched once for two of them."""
+"""Query rows of a program, a row for each head: 32 a warp, so that a warp uses what it fetches of a tile twice."""
 LEAST_ROWS = 16
-"""Rows of the smallest product of a tensor core, and all that a program gets in float32, which has none."""
+"""Rows of a tensor core's smallest product, and all that a program has in float32, which goes without tensor cores."""
 PROGRAMS = 4096
 """Programs among which the pieces of a step are spread: enough for every multiprocessor to hold some, few enough that
 those which find nothing to do cost little."""
