@@ -30,7 +30,8 @@ class Batch:
     `query_starts` [sequences + 1], `context_lens` [sequences], `block_tables` [sequences, max_blocks] padded with 0.
     `logit_rows` [rows] are the rows whose next-token logits are wanted, in order: the last of each sequence that
     samples, and those before it whose next token is only a draft.
-    `max_query_len` and `max_context_len` are the largest chunk and context, known on the host.
+    `max_query_len` and `max_context_len` are the largest chunk and context, known on the host. Of a batch that a CUDA
+    graph is captured with, they are the largest that it may be replayed for.
     """
 
     token_ids: torch.Tensor

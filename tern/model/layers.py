@@ -32,7 +32,14 @@ class Step:
     def of(cls, batch: Batch, frequencies: Tensor, kv: KVCache) -> Step:
         """Prepare `batch` for the cache."""
         cosines, signed_sines = ops.rotary_table(batch.positions, frequencies)
-        plan = ops.plan_attention(batch.query_starts, batch.context_lens, batch.block_tables, kv.values)
+        plan = ops.plan_attention(
+            batch.query_starts,
+            batch.context_lens,
+            batch.block_tables,
+            kv.values,
+            max_query_len=batch.max_query_len,
+            max_context_len=batch.max_context_len,
+        )
         return cls(cosines, signed_sines, batch.slots, plan)
 
 

@@ -6,6 +6,7 @@ weights, is the reference in plain torch.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,10 @@ __all__ = [
     "write_kv",
 ]
 
-AttentionPlan = cpu.SequencesPlan | reference_attention.AttentionPlan
+if TYPE_CHECKING:
+    from tern.ops.cuda import GpuPlan
+
+AttentionPlan: TypeAlias = "cpu.SequencesPlan | reference_attention.AttentionPlan | GpuPlan"
 """How one step's queries meet the cache; the same for every layer, so it is made once a step."""
 
 
@@ -156,12 +160,26 @@ def rotate_and_store(
     return reference.rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
 
 
-def plan_attention(query_starts: Tensor, context_lens: Tensor, block_tables: Tensor, values: Tensor) -> AttentionPlan:
+def plan_attention(
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    values: Tensor,
+    *,
+    max_query_len: int,
+    max_context_len: int,
+) -> AttentionPlan:
     """Prepare a step's queries for caches whose values are like `values` [..., block_size / r, W, r].
 
     Sequence s owns the query rows `query_starts[s] : query_starts[s + 1]`, the last positions of a context of
     `context_lens[s]` tokens whose slots lie in the blocks `block_tables[s]`. Shapes [S + 1], [S], [S, max_blocks].
+    No chunk is longer than `max_query_len` and no context than `max_context_len`: a GPU's launches are sized by them,
+    for the host reads no tensor there.
     """
+    if on_gpu(values):
+        from tern.ops import cuda
+
+        return cuda.GpuPlan(query_starts, context_lens, block_tables, max_query_len, max_context_len)
     if cpu.can_attend(values):
         return cpu.SequencesPlan(query_starts, context_lens, block_tables)
     return reference_attention.plan_attention(
@@ -173,7 +191,11 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
     """Causal attention of a step's queries; see `tern.ops.reference_attention.paged_attention`."""
     if isinstance(plan, cpu.SequencesPlan):
         return cpu.paged_attention(queries, key_cache, value_cache, plan)
-    return reference_attention.paged_attention(queries, key_cache, value_cache, plan)
+    if isinstance(plan, reference_attention.AttentionPlan):
+        return reference_attention.paged_attention(queries, key_cache, value_cache, plan)
+    from tern.ops import cuda
+
+    return cuda.paged_attention(queries, key_cache, value_cache, plan)
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:

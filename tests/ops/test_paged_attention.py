@@ -79,7 +79,11 @@ class Case:
         if by == "reference":
             plan = reference_attention.plan_attention(starts, contexts, self.tables, self.block_size)
             return reference_attention.paged_attention(self.queries, self.keys, self.values, plan)
-        chosen = ops.plan_attention(starts, contexts, self.tables, self.values)
+        most = {
+            "max_query_len": max((query for query, _ in self.sequences), default=0),
+            "max_context_len": max((context for _, context in self.sequences), default=0),
+        }
+        chosen = ops.plan_attention(starts, contexts, self.tables, self.values, **most)
         assert isinstance(chosen, cpu.SequencesPlan)
         return ops.paged_attention(self.queries, self.keys, self.values, chosen)
 
@@ -246,5 +250,7 @@ def test_heads_and_types_that_kernels_do_not_know_go_to_plain_torch() -> None:
     for head_dim, dtype in ((8, torch.float32), (16, torch.float16), (8, torch.int8)):
         assert not cpu.can_attend(torch.empty(reference.kv_cache_shapes(1, 4, 1, head_dim, dtype)[1], dtype=dtype))
     case = Case([(5, 50), (1, 9)], head_dim=8)
-    plan = ops.plan_attention(torch.tensor([0, 5, 6]), torch.tensor([50, 9]), case.tables, case.values)
+    starts, contexts = torch.tensor([0, 5, 6]), torch.tensor([50, 9])
+    most = {"max_query_len": 5, "max_context_len": 50}
+    plan = ops.plan_attention(starts, contexts, case.tables, case.values, **most)
     assert_close(ops.paged_attention(case.queries, case.keys, case.values, plan), case.expected(), tolerance=2e-6)

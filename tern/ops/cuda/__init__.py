@@ -3,6 +3,7 @@
 Imported when a tensor lies on a GPU, or by a test: an installation for processors has no Triton and never looks for it.
 """
 
+from tern.ops.cuda.attention import GpuPlan, paged_attention
 from tern.ops.cuda.gates import silu_mul, silu_mul_to_fp8
 from tern.ops.cuda.norms import add_rms_norm, add_rms_norm_to_fp8
 from tern.ops.cuda.rotary import rotate_and_store
@@ -10,11 +11,13 @@ from tern.ops.cuda.router import route
 from tern.ops.cuda.sampling import draw, keep_allowed, largest
 
 __all__ = [
+    "GpuPlan",
     "add_rms_norm",
     "add_rms_norm_to_fp8",
     "draw",
     "keep_allowed",
     "largest",
+    "paged_attention",
     "rotate_and_store",
     "route",
     "silu_mul",

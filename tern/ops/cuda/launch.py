@@ -26,10 +26,13 @@ __all__ = ["INTERPRETED", "dot", "narrow", "tl", "triton"]
 
 @triton.jit
 def dot(a, b, total, INTERPRETED: tl.constexpr):
-    """`total` + a @ b in float32. The interpreter multiplies bfloat16 by its bits, so there they are widened first."""
+    """`total` + a @ b in float32, and float32 operands are not cut to fewer bits.
+
+    The interpreter multiplies bfloat16 by its bits, so there they are widened first.
+    """
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(a, b, total)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
