@@ -29,6 +29,7 @@ from tern.engine.options import EngineOptions
 from tern.engine.prompt_room import PromptRoom
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
 from tern.engine.request_checks import check_ids, check_request
+from tern.engine.residence import resolve_residence
 from tern.engine.runner import Runner, StepResult
 from tern.engine.sampler import GRAMMAR_FAILED
 from tern.engine.sampling_state import SamplingState
@@ -118,9 +119,11 @@ class Engine:
         if options.kv_cache_dir is not None:
             open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        device = _device(options.device)
+        device, split = resolve_residence(options, source, dtype, _device(options.device))
         began = time.perf_counter()
-        model = load_model(source, dtype=dtype, device=device, quantization=options.quantization, progress=progress)
+        model = load_model(
+            source, dtype=dtype, device=device, quantization=options.quantization, split=split, progress=progress
+        )
         logger.info("weights and kernels: %.1f s", time.perf_counter() - began)
         identity = weights_identity(source) if options.kv_cache_dir is not None else None
         began = time.perf_counter()
@@ -408,9 +411,9 @@ def _has_predictor(model: ErnieModel, options: EngineOptions) -> bool:
 
 
 def _device(name: str) -> str:
-    """The device that an option names; "auto" is a GPU where there is one."""
+    """The device that an option names; "auto" is a GPU where there is one, and so is that of "split"."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name.startswith(("cuda", "split")) and not torch.cuda.is_available():
         raise OptionError(f"device is {name!r} but no NVIDIA GPU can be used here: choose cpu or auto.")
-    return name
+    return name.replace("split", "cuda")

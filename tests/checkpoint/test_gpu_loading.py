@@ -170,7 +170,7 @@ def test_split_leaves_the_routed_experts_on_the_cpu(
     tmp_path: Path, stored: str | None, quantization: str | None
 ) -> None:
     if stored is None:
-        source = resolve_model(None)
+        source = resolve_model(str(write_checkpoint(tmp_path / "it", moe_model(), pt_tensors(moe_model()))))
     else:
         write_gguf(tmp_path / "it.gguf", wide_moe(), "Q8_0")
         source = replace(resolve_model(tmp_path / "it.gguf"), default_quantization=None)
@@ -218,21 +218,14 @@ def test_damage_is_said_and_ends_the_reader(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("quantization", ROUNDED)
-def test_what_is_made_lies_beside_what_it_is_made_of(quantization: str) -> None:
+def test_what_is_made_lies_beside_what_it_is_made_of(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor made without a word about its device would be on the default one, where nothing can be computed."""
+    monkeypatch.setattr(ops, "pack", reference_packed.pack)  # as for a tensor on a GPU
     stack = torch.randn(2, 40, 96, generator=torch.Generator().manual_seed(0))
     expected = round_matrices("layers.1.moe.down", (2, 40, 96), stack, quantization)
     with torch.device("meta"):
         found = round_matrices("layers.1.moe.down", (2, 40, 96), stack, quantization)
     assert torch.equal(found.floats(), expected.floats())
-
-
-@pytest.mark.parametrize("bits", QUANTIZATIONS.values())
-def test_packing_in_torch_makes_nothing_on_the_default_device(bits: int) -> None:
-    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
-    with torch.device("meta"):
-        found = ops.RowPackedWeight.of(reference_packed.pack(weight, bits))
-    assert torch.equal(found.floats(), ops.unpack(reference_packed.pack(weight, bits)))
 
 
 @pytest.mark.gpu
