@@ -32,7 +32,7 @@ class EngineFlags:
 
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
     quantization: Annotated[
-        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
+        str | None, typer.Option(help="wint4, wint8, or on a GPU fp8: round weights while loading; none: never.")
     ] = None
     speculation: Annotated[str | None, typer.Option(help="auto (default), ngram, mtp or off: who drafts.")] = None
     num_speculative_tokens: Annotated[
@@ -55,7 +55,9 @@ class EngineFlags:
     ] = True
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None
     kv_cache_dir_size: Annotated[float | None, typer.Option(help="Most that it may hold, GB; default 20.")] = None
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto"
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:N, or split: experts on the CPU, the rest on a GPU.")
+    ] = "auto"
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None
     hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None
 

@@ -38,11 +38,10 @@ class EngineOptions:
     new ones are refused; `max_queue_tokens`: tokens of their prompts that may, save that a single one always may; None
     never refuses. `dtype` and `device` are those of the loaded model; device "split" or "split:N" keeps the
     routed experts packed on the CPU and the rest on a GPU, and "auto" does so where a GPU is too small for the weights
-    (`tern.engine.residence`). `quantization` packs
-    its linear weights and experts in 4 or 8 bits ("wint4", "wint8") or, on a GPU, rounds them to fp8 ("fp8", with one
-    scale a weight, and "block_wise_fp8"); "none" keeps them floats; None does as the files
-    suggest: floats stay floats, weights of few bits are packed. `speculation` says who drafts tokens that a
-    step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where there
+    (`tern.engine.residence`). `quantization` packs its linear weights and experts in 4 or 8 bits ("wint4", "wint8") or,
+    on a GPU, rounds them to fp8 ("fp8", one scale a weight, or "block_wise_fp8"); "none" keeps them floats; None does
+    as the files suggest: floats stay floats, weights of few bits are packed. `speculation` says who drafts tokens that
+    a step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where there
     is one, "off" nobody; drafts are made only while they pay, and answers are the same with and without.
     `num_speculative_tokens`: most drafts of a sequence in a step; None is what `tern.engine.drafts` finds good.
     `prompt_lookup_min` to `prompt_lookup_max` tokens must agree before "ngram" copies what follows.

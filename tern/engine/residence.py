@@ -54,7 +54,7 @@ class WeightSizes:
 
 
 @dataclass(frozen=True)
-class Residence:
+class ChosenResidence:
     """`kind`: "cuda", "split" or "cpu"; `split`: how the experts are packed if it is split; `reason`: one sentence."""
 
     kind: str
@@ -62,7 +62,7 @@ class Residence:
     reason: str
 
 
-def choose_residence(sizes: WeightSizes, free_gpu: int, free_host: int) -> Residence:
+def choose_residence(sizes: WeightSizes, free_gpu: int, free_host: int) -> ChosenResidence:
     """Where the weights go: whole on the GPU if they fit there, else split, else on the CPU.
 
     `free_gpu` and `free_host` are the bytes that may be used. Raises `OptionError`, with the sizes, if nothing fits.
@@ -70,17 +70,17 @@ def choose_residence(sizes: WeightSizes, free_gpu: int, free_host: int) -> Resid
     gpu, host = free_gpu - RUNNING_BYTES, free_host - RUNNING_BYTES
     needed, room = _gigabytes(sizes.on_gpu), f"the {_gigabytes(max(0, gpu))} that the GPU has for weights"
     if sizes.on_gpu <= gpu:
-        return Residence("cuda", None, f"The weights take {needed} of {room}.")
+        return ChosenResidence("cuda", None, f"The weights take {needed} of {room}.")
     for packing, (beside, experts) in sizes.split.items():
         if beside <= gpu and experts <= host:
-            return Residence(
+            return ChosenResidence(
                 "split",
                 packing,
                 f"The weights take {needed}, more than {room}: {_gigabytes(beside)} of them lie there and the routed "
                 f"experts in the host's memory, {_gigabytes(experts)} as {packing}.",
             )
     if sizes.on_cpu is not None and sizes.on_cpu <= host:
-        return Residence(
+        return ChosenResidence(
             "cpu",
             None,
             f"The weights take {needed}, more than {room}, but fit into the host's memory: they lie there.",

@@ -12,7 +12,7 @@ import torch
 from checkpoint_writer import dense_model, fused_tensors, moe_model, mtp_tensors, pt_tensors, write_checkpoint
 from gguf_writer import write_gguf
 from test_gguf import wide_moe
-from test_layouts import LAYOUTS, NETWORKS, assert_same, canonical
+from test_layouts import LAYOUTS, NETWORKS, assert_same, canonical, logits
 
 from tern import ops
 from tern.checkpoint import (
@@ -30,7 +30,7 @@ from tern.checkpoint.gpu_rounding import round_matrices
 from tern.checkpoint.quantisation import ROUTED_EXPERTS, packed_bits
 from tern.checkpoint.safetensors_file import MappedFiles
 from tern.errors import CheckpointError, OptionError
-from tern.ops import reference_packed
+from tern.ops import reference_packed, split_experts
 from tern.ops.placement import interpreted
 
 ROUNDED = [*QUANTIZATIONS, *FP8_QUANTIZATIONS]
@@ -188,6 +188,23 @@ def test_split_leaves_the_routed_experts_on_the_cpu(
     apart = [name.endswith(ROUTED_EXPERTS) for name in found]
     sizes = [sum(w.nbytes for w, routed in zip(found.values(), apart, strict=True) if routed == on) for on in (0, 1)]
     assert tuple(sizes) == split_bytes(source.config, torch.bfloat16, quantization, "wint4")
+
+
+def test_a_split_network_computes_what_a_whole_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = resolve_model(None)
+    tokens = list(range(1, 40))
+    whole = load_model(source, dtype=torch.float32, quantization="wint8")
+    assert not whole.is_split
+    expected = logits(whole, tokens)
+    monkeypatch.setattr(split_experts, "are_apart", lambda *_: True)
+    assert torch.equal(logits(whole, tokens), expected), "float32 sums are the same, wherever the terms come from"
+    monkeypatch.undo()
+
+    split = load_model(source, dtype=torch.float32, split="wint8")
+    assert split.is_split
+    assert split.quantization == "wint8"
+    plain = logits(load_model(source, dtype=torch.float32), tokens)
+    assert (logits(split, tokens) - plain).norm() < 0.1 * plain.norm()
 
 
 def test_what_cannot_be_split_is_said(tmp_path: Path) -> None:
