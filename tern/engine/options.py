@@ -41,8 +41,8 @@ class EngineOptions:
     (`tern.engine.residence`). `quantization` packs its linear weights and experts in 4 or 8 bits ("wint4", "wint8") or,
     on a GPU, rounds them to fp8 ("fp8", one scale a weight, or "block_wise_fp8"); "none" keeps them floats; None does
     as the files suggest: floats stay floats, weights of few bits are packed. `speculation` says who drafts tokens that
-    a step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where there
-    is one, "off" nobody; drafts are made only while they pay, and answers are the same with and without.
+    a step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where
+    there is one, "off" nobody; drafts are made only while they pay, and answers are the same with and without.
     `num_speculative_tokens`: most drafts of a sequence in a step; None is what `tern.engine.drafts` finds good.
     `prompt_lookup_min` to `prompt_lookup_max` tokens must agree before "ngram" copies what follows.
     `check_integrity_when_idle` verifies the engine's books each time it runs out of work.
