@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +214,38 @@ def test_what_cannot_be_split_is_said(tmp_path: Path) -> None:
     dense = resolve_model(str(write_checkpoint(tmp_path / "it", dense_model(), pt_tensors(dense_model()))))
     with pytest.raises(OptionError, match="no routed experts that could stay on the CPU"):
         load_tensors(dense, split="wint4")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_reader_is_ahead_and_never_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 1024)
+    source = resolve_model(str(write_checkpoint(tmp_path / "it", moe_model(), pt_tensors(moe_model()))))
+    read, ahead = 0, []
+    full = threading.Event()
+    read_run, fill = staging.Staging._host_run, staging.Staging.fill
+
+    def counted_run(*arguments: Any) -> torch.Tensor:
+        nonlocal read
+        run = read_run(*arguments)
+        read += 1
+        if read == staging.DEPTH:
+            full.set()
+        return run
+
+    def counted_fill(self: staging.Staging, tensor: torch.Tensor, loads: list[staging.Load]) -> None:
+        if not ahead:
+            assert full.wait(10), "nothing was read before it was asked for"
+        ahead.append(read - sum(taken))
+        fill(self, tensor, loads)
+        taken.append(sum(1 for load in loads for _ in load.runs()))
+
+    taken: list[int] = []
+    monkeypatch.setattr(staging.Staging, "_host_run", counted_run)
+    monkeypatch.setattr(staging.Staging, "fill", counted_fill)
+    load_tensors(source)
+    assert ahead[0] == staging.DEPTH
+    assert max(ahead) <= staging.DEPTH
+    assert read == sum(taken) > 3 * len(ahead) > 100
 
 
 @pytest.mark.usefixtures("gpu")
