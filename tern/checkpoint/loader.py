@@ -90,6 +90,15 @@ def load_tensors(
     ops.prepare(residence.device)
     if split is not None:
         ops.prepare(CPU)
+    tensors = _load(source, dtype, residence, progress)
+    if residence.device.type == "cuda":
+        torch.cuda.empty_cache()  # the KV cache is sized by what is free
+    return tensors
+
+
+def _load(
+    source: ModelSource, dtype: torch.dtype | None, residence: Residence, progress: bool
+) -> dict[str, ops.Weight]:
     if source.stored_bits is not None:
         return load_packed(source, source.stored_bits, dtype, residence, progress=progress)
     if source.synthetic_seed is not None:

@@ -153,8 +153,7 @@ class Fp8Weight:
 
 GpuWeight = Tensor | RowPackedWeight | Fp8Weight
 """What a GPU's linear layer multiplies with."""
-
-Weight = PackedWeight | GpuWeight
+Weight = GpuWeight | PackedWeight
 """What a linear layer multiplies with."""
 
 
