@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from tern import ops
-from tern.checkpoint.gpu_rounding import round_matrices
+from tern.checkpoint.gpu_rounding import round_matrices, round_tied_head
 from tern.checkpoint.progress import byte_progress
-from tern.checkpoint.quantisation import QUANTIZATIONS, packed_bits, packed_parts, packed_shapes
+from tern.checkpoint.quantisation import FP8_QUANTIZATIONS, QUANTIZATIONS, packed_bits, packed_parts, packed_shapes
 from tern.checkpoint.residence import Home, Residence
 from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 
@@ -42,11 +42,12 @@ def synthetic_tensors(
 ) -> dict[str, ops.Weight]:
     """Every parameter of the network by canonical name, drawn in `dtype` and moved to its place one by one.
 
-    Weights that are packed as integers are drawn packed: random bytes, not packed Gaussians. The values depend on
+    Weights that are packed as integers are drawn packed: random bytes, not packed Gaussians; fp8 is what is drawn in
+    floats, rounded. The values depend on
     `seed`, the parameter's name, its shape, `dtype` and what it is rounded to, and on nothing else.
     """
     shapes = parameter_shapes(config)
-    if residence.quantization is not None:
+    if residence.quantization in QUANTIZATIONS:
         shapes = packed_shapes(shapes, config)
     total = sum(map(math.prod, shapes.values()))
     tensors: dict[str, ops.Weight] = {}
@@ -55,6 +56,8 @@ def synthetic_tensors(
         for name, weight in drawn:
             tensors[name] = _at_home(name, weight, residence.home(name))
             advance(math.prod(shapes[name]))
+    if residence.quantization in FP8_QUANTIZATIONS:
+        round_tied_head(tensors, config, residence.quantization)
     return tensors
 
 

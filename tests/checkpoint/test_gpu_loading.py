@@ -159,10 +159,14 @@ def test_synthetic_weights_have_their_forms(quantization: str | None) -> None:
         source.config, torch.bfloat16, quantization, gpu=True
     )
     again = load_tensors(source, quantization=quantization)
+    plain = load_tensors(source)
     for name, weight in found.items():
         rounded = quantization is not None and packed_bits(name, quantization) is not None
         assert isinstance(weight, torch.Tensor) != rounded, name
         assert torch.equal(floats(weight), floats(again[name])), name
+        if isinstance(weight, ops.Fp8Weight):
+            drawn = floats(plain["embed" if name == "head" else name])
+            assert (floats(weight) - drawn).norm() < 0.04 * drawn.norm(), name
 
 
 @pytest.mark.parametrize("stored", [None, "gguf"])
