@@ -16,7 +16,9 @@ from tern import __version__
 from tern.bench import hardware
 from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
 from tern.engine.cache_size import free_memory, token_bytes
-from tern.engine.fits import FLOATS, longest_context, runs_on
+from tern.engine.fits import FLOATS, RUNNING_BYTES, longest_context, runs_on
+from tern.engine.residence import WeightSizes, choose_residence
+from tern.errors import OptionError
 from tern.ops import cpu
 
 PORTS = (8000, 8180)
@@ -63,6 +65,9 @@ class MachineReport:
 class Fit:
     """One precision of a model on one device: sizes in 10^9 bytes, and the longest context in tokens, prompt and answer
     together, that the default cache holds; 0 if the weights do not fit.
+
+    `device` as the option `--device` names it. Of a split network `weights_gb` are on the GPU and `host_gb` beside them
+    in the host's memory, and `precision` is that of either.
     """
 
     device: str
@@ -71,6 +76,7 @@ class Fit:
     kv_gb_per_1000_tokens: float
     longest_context: int
     fits: bool
+    host_gb: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Diagnosis:
 
     `download_gb`: what has to be downloaded before the model runs, 10^9 bytes in bfloat16, None if it is here.
     `advice`: the command that serves the most precise of `fits` with the longest context; None if none fits. `default`:
-    the precision of `fits` in which the model is loaded unasked.
+    the precision of `fits` in which the model is loaded unasked. `residence`: where device "auto" then puts it and why,
+    or why it cannot; None without a GPU.
     """
 
     machine: MachineReport
@@ -89,6 +96,7 @@ class Diagnosis:
     fits: list[Fit]
     advice: str | None
     default: str | None = None
+    residence: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -101,13 +109,16 @@ def diagnose(source: ModelSource | None) -> Diagnosis:
     if source is None:
         return Diagnosis(machine, None, None, None, [], None)
     stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
-    precisions = [stored] if stored else [None, *reversed(QUANTIZATIONS)]
-    devices = [*(torch.device("cuda", number) for number in range(len(machine.gpus))), torch.device("cpu")]
-    fits = [_fit(source, wanted, device) for device in devices for wanted in precisions if runs_on(wanted, device)]
+    precisions = [stored] if stored else [None, "fp8", *reversed(QUANTIZATIONS)]
+    gpus, processor = [torch.device("cuda", number) for number in range(len(machine.gpus))], torch.device("cpu")
+    fits = [_fit(source, wanted, device) for device in gpus for wanted in precisions if runs_on(wanted, device)]
+    fits += [fit for device in gpus for fit in _split_fits(source, device)]
+    fits += [_fit(source, wanted, processor) for wanted in precisions if runs_on(wanted, processor)]
     positions = source.config.max_position_embeddings
     default = stored or source.default_quantization or FLOATS
     advice = _advice(_argument(source), positions, fits, default)
-    return Diagnosis(machine, source.name, positions, _download_gb(source), fits, advice, default)
+    residence = _residence(source, gpus[0]) if gpus else None
+    return Diagnosis(machine, source.name, positions, _download_gb(source), fits, advice, default, residence)
 
 
 def describe_machine() -> MachineReport:
@@ -155,10 +166,40 @@ def _versions() -> dict[str, str]:
 
 
 def _fit(source: ModelSource, quantization: str | None, device: torch.device) -> Fit:
-    weights = weight_bytes(source.config, torch.bfloat16, quantization)
+    weights = weight_bytes(source.config, torch.bfloat16, quantization, gpu=device.type == "cuda")
+    longest, per_token = _longest_context(source, device, weights)
+    return Fit(str(device), quantization or FLOATS, weights / 1e9, per_token / 1e6, longest, longest > 0)
+
+
+def _split_fits(source: ModelSource, device: torch.device) -> list[Fit]:
+    """The network on this GPU with its routed experts on the CPU, in each packing of those."""
+    sizes = WeightSizes.of(source, torch.bfloat16, None)
+    stored = source.default_quantization if source.stored_bits is None else f"wint{source.stored_bits}"
+    fits = []
+    for packing, (weights, experts) in sizes.split.items():
+        longest, per_token = _longest_context(source, device, weights)
+        if experts + RUNNING_BYTES > free_memory(torch.device("cpu")):
+            longest = 0
+        name = str(device).replace("cuda:0", "split").replace("cuda", "split")
+        precision = packing if stored == packing else f"{FLOATS}+{packing}"
+        fits.append(Fit(name, precision, weights / 1e9, per_token / 1e6, longest, longest > 0, experts / 1e9))
+    return fits
+
+
+def _longest_context(source: ModelSource, device: torch.device, weights: int) -> tuple[int, int]:
+    """What fits beside so many bytes of weights, in tokens, and the bytes of one."""
     per_token = token_bytes(source.config, torch.bfloat16)
     longest = longest_context(source.config, weights, free_memory(device))
-    return Fit(str(device), quantization or FLOATS, weights / 1e9, per_token / 1e6, longest, longest > 0)
+    return longest, per_token
+
+
+def _residence(source: ModelSource, gpu: torch.device) -> str:
+    """Where the model goes unasked, and why; or why it cannot."""
+    sizes = WeightSizes.of(source, torch.bfloat16, None)
+    try:
+        return choose_residence(sizes, free_memory(gpu), free_memory(torch.device("cpu"))).reason
+    except OptionError as error:
+        return str(error)
 
 
 def _argument(source: ModelSource) -> str:
@@ -176,7 +217,9 @@ def _advice(model: str, positions: int, fits: list[Fit], default: str) -> str | 
         return None
     best = max(usable, key=lambda fit: fit.longest_context)  # the first of equals, and the most precise come first
     parts = ["tern serve", shlex.quote(model)]
-    if best.precision != default:
+    if best.device not in ("cuda:0", "cpu") or (best.device == "cpu" and any(fit.device != "cpu" for fit in fits)):
+        parts.append(f"--device {best.device}")
+    if best.precision != default and not best.host_gb:
         parts.append(f"--quantization {'none' if best.precision == FLOATS else best.precision}")
     if best.longest_context < positions:
         parts.append(f"--max-model-len {_rounded(best.longest_context)}")

@@ -8,10 +8,12 @@ from tern.checkpoint.generation import GenerationConfig
 from tern.checkpoint.identity import weights_identity
 from tern.checkpoint.loader import load_model, load_tensors, quantise_checkpoint
 from tern.checkpoint.presets import PRESETS
-from tern.checkpoint.quantisation import QUANTIZATIONS, weight_bytes
+from tern.checkpoint.quantisation import FP8_QUANTIZATIONS, QUANTIZATIONS
+from tern.checkpoint.residence import split_bytes, weight_bytes
 from tern.checkpoint.source import ModelSource, embedded_model_directory, resolve_model
 
 __all__ = [
+    "FP8_QUANTIZATIONS",
     "PRESETS",
     "QUANTIZATIONS",
     "GenerationConfig",
@@ -21,6 +23,7 @@ __all__ = [
     "load_tensors",
     "quantise_checkpoint",
     "resolve_model",
+    "split_bytes",
     "weight_bytes",
     "weights_identity",
 ]

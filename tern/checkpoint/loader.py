@@ -4,7 +4,7 @@ Knows how to move bytes; which bytes go where is `placement`'s, and where a mode
 Memory: a stored tensor that is already the canonical one (whole, same dtype, not transposed, on the CPU) is used where
 it is mapped and costs nothing until it is read; the others are allocated once and filled piece by piece straight from
 the mapped files. No second copy of the model, and no temporary larger than one stored tensor, ever exists; of one that
-is packed from a few bits to others, the floats between them.
+is packed from a few bits to others, the floats between them. To a GPU everything goes through `staging`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from tern import ops
+from tern.checkpoint.gpu_rounding import round_matrices, round_tied_head
 from tern.checkpoint.integer_formats import join_parts
 from tern.checkpoint.inventory import Inventory, take_inventory
 from tern.checkpoint.packed_files import load_packed, write_packed
-from tern.checkpoint.placement import Piece, plan_pieces
+from tern.checkpoint.placement import Piece, Place, plan_pieces
 from tern.checkpoint.problems import Problems
 from tern.checkpoint.progress import byte_progress
 from tern.checkpoint.quantisation import (
@@ -31,15 +32,16 @@ from tern.checkpoint.quantisation import (
     packed_bits,
     packed_shapes,
 )
+from tern.checkpoint.residence import CPU, Residence, check_split
 from tern.checkpoint.safetensors_file import WEIGHT_DTYPES, MappedFiles, TensorEntry
 from tern.checkpoint.source import ModelSource
+from tern.checkpoint.staging import Load, Staging, loads_of
 from tern.checkpoint.stored_weights import StoredWeight, fill, is_plain
 from tern.checkpoint.synthetic import synthetic_parameters, synthetic_tensors
 from tern.errors import OptionError
 from tern.model import ErnieModel, float32_parameters, parameter_shapes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CPU = torch.device("cpu")
 
 Plan = dict[str, list[Piece]]
 
@@ -50,20 +52,25 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantization: str | None = None,
+    split: str | None = None,
     progress: bool = True,
 ) -> ErnieModel:
     """Build the network that `source` describes, with its weights in `dtype` on `device`.
 
-    `quantization` "wint4" or "wint8" packs linear weights and experts as they are read; None does so too, on the CPU,
-    where the files hold weights of few bits (`ModelSource.default_quantization`), "none" never. `dtype` None takes that
-    of the config, or failing that the one the embeddings are stored in. Routers and correction biases are float32
-    always. MTP weights that the files lack are left out without a word.
+    `quantization` "wint4" or "wint8" packs linear weights and experts as they are read, and on a GPU "fp8" and
+    "block_wise_fp8" round them to fp8; None packs where the files hold weights of few bits
+    (`ModelSource.default_quantization`), "none" never does. `split` "wint4" or "wint8" leaves the routed experts on the
+    CPU, packed so, whatever is on `device`. `dtype` None takes that of the config, or failing that the one the
+    embeddings are stored in. Routers and correction biases are float32 always. MTP weights that the files lack are left
+    out without a word.
 
     Raises `CheckpointError` that lists every tensor that is missing, surplus, misshapen or of an unsupported dtype and
     every file that is missing or damaged, and `OptionError` for a dtype that networks do not run in or a quantization
     that there is not.
     """
-    tensors = load_tensors(source, dtype=dtype, device=device, quantization=quantization, progress=progress)
+    tensors = load_tensors(
+        source, dtype=dtype, device=device, quantization=quantization, split=split, progress=progress
+    )
     return ErnieModel(source.config, tensors)
 
 
@@ -73,28 +80,49 @@ def load_tensors(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     quantization: str | None = None,
+    split: str | None = None,
     progress: bool = True,
 ) -> dict[str, ops.Weight]:
     """The weights alone, by canonical name (`tern.model.parameter_shapes`); arguments and errors as in `load_model`."""
     if dtype is not None and dtype not in DTYPES:
         raise OptionError(f"dtype is {dtype}: networks run in bfloat16, float16 or float32.")
-    device = torch.device(device)
-    ops.prepare(device)
+    residence = _residence(source, torch.device(device), quantization, split)
+    ops.prepare(residence.device)
+    if split is not None:
+        ops.prepare(CPU)
+    tensors = _load(source, dtype, residence, progress)
+    if residence.device.type == "cuda":
+        torch.cuda.empty_cache()  # the KV cache is sized by what is free
+    return tensors
+
+
+def _load(
+    source: ModelSource, dtype: torch.dtype | None, residence: Residence, progress: bool
+) -> dict[str, ops.Weight]:
     if source.stored_bits is not None:
-        check_quantization(f"wint{source.stored_bits}", device)
-        if quantization not in (None, f"wint{source.stored_bits}"):
-            raise OptionError(
-                f"quantization is {quantization!r}, but {source.name} is packed in {source.stored_bits} bits already: "
-                "leave it out."
-            )
-        return load_packed(source, source.stored_bits, dtype, progress=progress)
-    quantization = choose_quantization(quantization, source.default_quantization, device)
+        return load_packed(source, source.stored_bits, dtype, residence, progress=progress)
     if source.synthetic_seed is not None:
         dtype = dtype or _config_dtype(source) or torch.bfloat16
-        seed = source.synthetic_seed
-        return synthetic_tensors(source.config, seed, dtype, device, quantization=quantization, progress=progress)
+        return synthetic_tensors(source.config, source.synthetic_seed, dtype, residence, progress=progress)
     plan = plan_checkpoint(source)
-    return _fill(plan, source, dtype or _stored_dtype(source, plan), device, quantization, progress)
+    return _fill(plan, source, dtype or _stored_dtype(source, plan), residence, progress)
+
+
+def _residence(source: ModelSource, device: torch.device, quantization: str | None, split: str | None) -> Residence:
+    """Where the weights go and in which form, or an `OptionError` that says why they cannot."""
+    if split is not None:
+        check_split(split, source.config)
+    if source.stored_bits is None:
+        return Residence(device, choose_quantization(quantization, source.default_quantization, device), split)
+    stored = f"wint{source.stored_bits}"
+    check_quantization(stored, device)
+    for option, value in (("quantization", quantization), ("split", split)):
+        if value not in (None, stored):
+            raise OptionError(
+                f"{option} is {value!r}, but {source.name} is packed in {source.stored_bits} bits already: "
+                "leave it out."
+            )
+    return Residence(device, stored, split)
 
 
 def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, progress: bool = True) -> None:
@@ -113,7 +141,8 @@ def quantise_checkpoint(source: ModelSource, destination: Path, bits: int, *, pr
         dtype, shapes = _config_dtype(source) or torch.bfloat16, packed_shapes(parameter_shapes(config), config)
 
         def parameters(names: Iterable[str]) -> Iterator[tuple[str, ops.Weight]]:
-            return synthetic_parameters({name: shapes[name] for name in names}, config, seed, dtype, quantization)
+            chosen = {name: shapes[name] for name in names}
+            return synthetic_parameters(chosen, config, seed, dtype, lambda _: quantization)
 
     else:
         plan = plan_checkpoint(source)
@@ -173,26 +202,66 @@ def _config_dtype(source: ModelSource) -> torch.dtype | None:
 
 
 def _fill(
-    plan: Plan,
-    source: ModelSource,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: str | None,
-    progress: bool,
+    plan: Plan, source: ModelSource, dtype: torch.dtype, residence: Residence, progress: bool
 ) -> dict[str, ops.Weight]:
     shapes = _storable_shapes(source)
     wide = float32_parameters(source.config)
+    homes = {name: residence.home(name) for name in plan}
+    dtypes = {name: _target_dtype(name, plan[name], wide, dtype, home.quantization) for name, home in homes.items()}
+    groups = {name: _matrices(plan[name], shapes[name], dtypes[name]) for name, home in homes.items() if home.gpu}
     files = MappedFiles()
     tensors: dict[str, ops.Weight] = {}
     total = sum(piece.entry.nbytes for pieces in plan.values() for piece in pieces)
-    with byte_progress(f"Loading {source.name}", total, enabled=progress) as advance:
-        for name, pieces in plan.items():
-            target = _target_dtype(name, pieces, wide, dtype, quantization)
-            tensors[name] = _parameter(name, pieces, shapes[name], target, device, files, quantization)
-            advance(sum(piece.entry.nbytes for piece in pieces))
-    if quantization is not None:
-        pack_tied_head(tensors, source.config, quantization)
+    loads = [load for name in groups for _, group in groups[name] for load in group]
+    with (
+        byte_progress(f"Loading {source.name}", total, enabled=progress) as advance,
+        Staging(loads, files, residence.device) as staging,
+    ):
+        for name, home in homes.items():
+            sizes = (shapes[name], dtypes[name])
+            if home.gpu:
+                tensors[name] = _staged(name, groups[name], *sizes, staging, residence.device, home.quantization)
+            else:
+                tensors[name] = _parameter(name, plan[name], *sizes, home.device, files, home.quantization)
+            advance(sum(piece.entry.nbytes for piece in plan[name]))
+    if residence.quantization is not None:
+        if residence.home("head").gpu:
+            round_tied_head(tensors, source.config, residence.quantization)
+        else:
+            pack_tied_head(tensors, source.config, residence.quantization)
     return tensors
+
+
+def _matrices(pieces: list[Piece], shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[Place, list[Load]]]:
+    """The places of a parameter that are filled one after the other, each with its loads: a stack's experts, or all."""
+    if len(shape) < 3:
+        return [((), loads_of(pieces, dtype))]
+    return [((expert,), loads_of(pieces, dtype, expert)) for expert in range(shape[0])]
+
+
+def _staged(
+    name: str,
+    matrices: list[tuple[Place, list[Load]]],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    staging: Staging,
+    device: torch.device,
+    quantization: str | None,
+) -> ops.Weight:
+    """One parameter on a GPU, in floats or rounded there matrix by matrix."""
+    if quantization is None:
+        tensor = torch.empty(shape, dtype=dtype, device=device)
+        for place, loads in matrices:
+            staging.fill(tensor[place], loads)
+        return tensor
+
+    def filled() -> Iterator[torch.Tensor]:
+        for _, loads in matrices:
+            matrix = torch.empty(shape[-2:], dtype=dtype, device=device)
+            staging.fill(matrix, loads)
+            yield matrix
+
+    return round_matrices(name, shape, filled(), quantization)
 
 
 def _target_dtype(
@@ -213,7 +282,7 @@ def _parameter(
     files: MappedFiles,
     quantization: str | None,
 ) -> ops.Weight:
-    """One parameter as the network keeps it. A stack that is packed is filled one expert at a time."""
+    """One parameter for the CPU, as the network keeps it. A stack that is packed is filled one expert at a time."""
     if quantization is None or packed_bits(name, quantization) is None:
         return _assemble(pieces, shape, dtype, device, files)
     if len(shape) == 3:

@@ -38,6 +38,7 @@ from tern.checkpoint.quantisation import (
     packed_shapes,
     parameter_bytes,
 )
+from tern.checkpoint.residence import Residence
 from tern.checkpoint.safetensors_file import (
     WEIGHT_DTYPES,
     MappedFiles,
@@ -163,6 +164,7 @@ def _tensors(parameters: Parameters) -> dict[str, torch.Tensor]:
             parts = {"values": weight.values, "factors": weight.factors, "scales": weight.scales}
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
         else:
+            assert isinstance(weight, torch.Tensor), f"{name} is in a form that no file holds"
             tensors[name] = weight
     return tensors
 
@@ -196,9 +198,11 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def load_packed(
-    source: ModelSource, bits: int, dtype: torch.dtype | None, *, progress: bool = True
+    source: ModelSource, bits: int, dtype: torch.dtype | None, residence: Residence, *, progress: bool = True
 ) -> dict[str, ops.Weight]:
     """The parameters of a packed checkpoint, mapped where they lie; norms and the embedding in `dtype`, if given.
+
+    Those that live on a GPU are moved and, the packed ones, laid out anew there, one after the other.
 
     Every tensor is compared with its checksum, by the mapping that the kernels will read, so that no step has to wait
     for a page to be mapped. Raises `CheckpointError` that lists
@@ -216,15 +220,17 @@ def load_packed(
     wide = float32_parameters(source.config)
     tensors: dict[str, ops.Weight] = {}
     for name, shape in packed_shapes(parameter_shapes(source.config), source.config).items():
+        home = residence.home(name)
         if packed_bits(name, f"wint{bits}") and f"{name}.values" in entries:
             found = {part: files.tensor(entries[f"{name}.{part}"]) for part in _parts(name, bits)}
             rows, width = shape[-2:]
-            tensors[name] = ops.PackedWeight(
+            weight = ops.PackedWeight(
                 found["values"], found.get("factors"), found["scales"], rows, width, packed_parts(name)
             )
+            tensors[name] = ops.RowPackedWeight.of(weight.to(home.device)) if home.gpu else weight
         elif name in entries:
             tensor = files.tensor(entries[name])
-            tensors[name] = tensor if dtype is None or name in wide else tensor.to(dtype)
+            tensors[name] = tensor.to(home.device, tensor.dtype if dtype is None or name in wide else dtype)
     return tensors
 
 

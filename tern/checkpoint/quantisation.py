@@ -3,7 +3,8 @@
 Packed are the linear weights and the experts: all but a hundredth of a mixture's weights, and nearly all that a token
 reads. Kept as they are: norms and biases, which are small; routers and their correction biases in float32, because a
 token's choice of experts hangs on small differences; the embedding, of which a token reads one row. The head is packed
-in 8 bits at either width: every token's logits come from it, and an error there is an error of the output itself.
+in 8 bits at either width, and in fp8 beside fp8: every token's logits come from it, and an error there is an error of
+the output itself. For a GPU the same weights are rounded by `gpu_rounding`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ import torch
 
 from tern import ops
 from tern.errors import CheckpointError, OptionError
-from tern.model import ErnieConfig, float32_parameters, parameter_shapes
+from tern.model import ErnieConfig, float32_parameters
 
 QUANTIZATIONS = {"wint4": 4, "wint8": 8}
-"""Bits of linear weights and experts, by FastDeploy's names."""
+"""Bits of linear weights and experts that are packed as integers, by FastDeploy's names; for CPU and GPU."""
+FP8_QUANTIZATIONS = {"fp8": False, "block_wise_fp8": True}
+"""Whether every block of 128 x 128 numbers has a scale of its own, or the whole weight has one; for GPUs alone."""
+FP8_BITS = 8
 PLAIN = "none"
 """The name for keeping weights as floats where a checkpoint of few bits would be packed by default."""
 HEAD_BITS = 8
+ROUTED_EXPERTS = (".moe.gate_up", ".moe.down")
+"""How the names of the stacks of routed experts end."""
 CHECKED_ROWS = (
     4096  # looked at together for values that are not finite: a mask of a whole head would take as much again
 )
@@ -32,20 +38,28 @@ UNFINISHED = "unfinished.json"
 
 
 def check_quantization(name: str, device: torch.device) -> None:
-    """Raise `OptionError` unless weights can be packed as `name` says and multiplied on `device`."""
-    if name not in QUANTIZATIONS:
-        raise OptionError(f"quantization is {name[:40]!r}: it must be one of {', '.join((*QUANTIZATIONS, PLAIN))}.")
+    """Raise `OptionError` unless weights can be rounded as `name` says and multiplied on `device`."""
+    if name not in QUANTIZATIONS and name not in FP8_QUANTIZATIONS:
+        known = ", ".join((*QUANTIZATIONS, *FP8_QUANTIZATIONS, PLAIN))
+        raise OptionError(f"quantization is {name[:40]!r}: it must be one of {known}.")
+    if ops.uses_gpu(device):
+        return
     if device.type != "cpu":
-        raise OptionError(f"quantization is {name!r}, but the device is {device}: packed weights run on the CPU.")
+        raise OptionError(f"quantization is {name!r}, but the device is {device}: packed weights run on CPUs and GPUs.")
+    if name in FP8_QUANTIZATIONS:
+        raise OptionError(
+            f"quantization is {name!r}, but the device is the CPU, which does not multiply fp8: "
+            "choose wint8, which takes as much memory, or an NVIDIA GPU."
+        )
 
 
 def choose_quantization(asked: str | None, default: str | None, device: torch.device) -> str | None:
-    """The packing to load with: what was asked for, else on the CPU the checkpoint's `default`; None for floats.
+    """The form to load in: what was asked for, else the checkpoint's `default`; None for floats.
 
-    Raises `OptionError` unless weights can be packed as asked and multiplied on `device`.
+    Raises `OptionError` unless weights can be rounded as asked and multiplied on `device`.
     """
     if asked is None:
-        return default if device.type == "cpu" else None
+        return default
     if asked == PLAIN:
         return None
     check_quantization(asked, device)
@@ -53,11 +67,11 @@ def choose_quantization(asked: str | None, default: str | None, device: torch.de
 
 
 def packed_bits(name: str, quantization: str) -> int | None:
-    """Bits in which the parameter of this canonical name is packed; None for one that stays as it is."""
+    """Bits to which the parameter of this canonical name is rounded; None for one that stays as it is."""
     if name == "head":
         return HEAD_BITS
-    if name.endswith((".weight", ".moe.gate_up", ".moe.down")):
-        return QUANTIZATIONS[quantization]
+    if name.endswith((".weight", *ROUTED_EXPERTS)):
+        return QUANTIZATIONS.get(quantization, FP8_BITS)
     return None
 
 
@@ -110,7 +124,7 @@ def packed_shapes(shapes: Mapping[str, tuple[int, ...]], config: ErnieConfig) ->
 def parameter_bytes(
     shapes: Mapping[str, tuple[int, ...]], config: ErnieConfig, dtype: torch.dtype, quantization: str | None
 ) -> dict[str, int]:
-    """The bytes that each of these parameters takes in memory and in a file."""
+    """The bytes that each of these parameters takes in memory for the CPU and in a file."""
     wide = float32_parameters(config)
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -121,11 +135,3 @@ def parameter_bytes(
         parts = ops.packed_shapes(shape, bits, packed_parts(name))
         sizes[name] = sum(math.prod(part) * (4 if kind == "scales" else 1) for kind, part in parts.items())
     return sizes
-
-
-def weight_bytes(config: ErnieConfig, dtype: torch.dtype, quantization: str | None) -> int:
-    """The bytes of a whole network, its MTP block included."""
-    shapes = parameter_shapes(config)
-    if quantization is not None:
-        shapes = packed_shapes(shapes, config)
-    return sum(parameter_bytes(shapes, config, dtype, quantization).values())

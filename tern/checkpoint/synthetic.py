@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -18,8 +18,10 @@ import numpy as np
 import torch
 
 from tern import ops
+from tern.checkpoint.gpu_rounding import round_matrices, round_tied_head
 from tern.checkpoint.progress import byte_progress
-from tern.checkpoint.quantisation import packed_bits, packed_parts, packed_shapes
+from tern.checkpoint.quantisation import FP8_QUANTIZATIONS, QUANTIZATIONS, packed_bits, packed_parts, packed_shapes
+from tern.checkpoint.residence import Home, Residence
 from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 
 # Elements drawn by one random stream. A tensor is cut into such blocks, so that several threads can fill it and the
@@ -34,37 +36,58 @@ def synthetic_tensors(
     config: ErnieConfig,
     seed: int,
     dtype: torch.dtype,
-    device: torch.device,
+    residence: Residence,
     *,
-    quantization: str | None = None,
     progress: bool = True,
 ) -> dict[str, ops.Weight]:
-    """Every parameter of the network by canonical name, drawn in `dtype` and moved to `device` one by one.
+    """Every parameter of the network by canonical name, drawn in `dtype` and moved to its place one by one.
 
-    With `quantization`, weights that it packs are drawn packed: random bytes, not packed Gaussians. The values depend
-    on `seed`, the parameter's name, its shape, `dtype` and `quantization`, and on nothing else.
+    Weights that are packed as integers are drawn packed: random bytes, not packed Gaussians; fp8 is what is drawn in
+    floats, rounded. The values depend on
+    `seed`, the parameter's name, its shape, `dtype` and what it is rounded to, and on nothing else.
     """
     shapes = parameter_shapes(config)
-    if quantization is not None:
+    if residence.quantization in QUANTIZATIONS:
         shapes = packed_shapes(shapes, config)
     total = sum(map(math.prod, shapes.values()))
     tensors: dict[str, ops.Weight] = {}
     with byte_progress("Making random weights", total, enabled=progress) as advance:
-        for name, weight in synthetic_parameters(shapes, config, seed, dtype, quantization):
-            tensors[name] = weight.to(device) if isinstance(weight, torch.Tensor) else weight
+        drawn = synthetic_parameters(shapes, config, seed, dtype, lambda name: residence.home(name).quantization)
+        for name, weight in drawn:
+            tensors[name] = _at_home(name, weight, residence.home(name))
             advance(math.prod(shapes[name]))
+    if residence.quantization in FP8_QUANTIZATIONS:
+        round_tied_head(tensors, config, residence.quantization)
     return tensors
 
 
+def _at_home(name: str, weight: torch.Tensor | ops.PackedWeight, home: Home) -> ops.Weight:
+    """What was drawn, on its device and in the form that is kept there."""
+    if isinstance(weight, ops.PackedWeight):
+        return ops.RowPackedWeight.of(weight.to(home.device)) if home.gpu else weight
+    if home.quantization is None:
+        return weight.to(home.device)
+    matrices = weight if weight.dim() == 3 else [weight]
+    return round_matrices(name, tuple(weight.shape), (each.to(home.device) for each in matrices), home.quantization)
+
+
 def synthetic_parameters(
-    shapes: Mapping[str, tuple[int, ...]], config: ErnieConfig, seed: int, dtype: torch.dtype, quantization: str | None
-) -> Iterator[tuple[str, ops.Weight]]:
-    """Draw these parameters of the network, one after the other; see `synthetic_tensors`."""
+    shapes: Mapping[str, tuple[int, ...]],
+    config: ErnieConfig,
+    seed: int,
+    dtype: torch.dtype,
+    quantization: Callable[[str], str | None],
+) -> Iterator[tuple[str, torch.Tensor | ops.PackedWeight]]:
+    """Draw these parameters of the network, one after the other; see `synthetic_tensors`.
+
+    `quantization` says by name what a parameter is rounded to; what becomes fp8 is drawn in floats.
+    """
     wide = float32_parameters(config)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for name, shape in shapes.items():
             scale = _scale(name, shape, config)
-            bits = None if quantization is None else packed_bits(name, quantization)
+            form = quantization(name)
+            bits = packed_bits(name, form) if form in QUANTIZATIONS else None
             if bits is not None:
                 weight = ops.empty(shape, bits, packed_parts(name))
                 weight.scales.fill_((scale or 0.0) / PACKED_STD[bits])

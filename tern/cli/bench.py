@@ -26,9 +26,7 @@ def bench(
     model: Annotated[
         str | None, typer.Option(help="Directory, .gguf file, hub id or dummy:PRESET; with --url its name.")
     ] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
-    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="wint4, wint8, on a GPU fp8; none: floats.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (CPU) or fp8 (GPU).")] = "auto",
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512",
     decode: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1",

@@ -34,9 +34,7 @@ def chat(
     reasoning_max_tokens: Annotated[int | None, typer.Option(help="Longest thought.")] = None,
     thinking: Annotated[bool, typer.Option(help="Think before answering.")] = True,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    quantization: Annotated[
-        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
-    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="wint4, wint8, on a GPU fp8; none: floats.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (CPU) or fp8 (GPU).")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest conversation, tokens.")] = None,
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None,

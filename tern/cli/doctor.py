@@ -63,8 +63,11 @@ def _print_model(found: Diagnosis) -> None:
     for fit in found.fits:
         verdict = f"fits with a context of {fit.longest_context} tokens" if fit.fits else "does not fit"
         mark = " (unless told otherwise)" if fit.precision == found.default and len(found.fits) > 1 else ""
+        beside = f" and {fit.host_gb:.1f} GB in the host's memory" if fit.host_gb else ""
         typer.echo(
-            f"{fit.device:7} {fit.precision:9} {fit.weights_gb:6.1f} GB of weights, {fit.kv_gb_per_1000_tokens:.3f} GB "
-            f"of cache for 1000 tokens: {verdict}{mark}"
+            f"{fit.device:7} {fit.precision:9} {fit.weights_gb:6.1f} GB of weights{beside}, "
+            f"{fit.kv_gb_per_1000_tokens:.3f} GB of cache for 1000 tokens: {verdict}{mark}"
         )
+    if found.residence is not None:
+        typer.echo(f"--device auto: {found.residence}")
     typer.echo(f"try        {found.advice}" if found.advice else "Nothing fits: use a smaller model or more memory.")

@@ -31,9 +31,7 @@ class EngineFlags:
     """What the flags were given; a command that is registered by `with_engine_flags` gets one."""
 
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
-    quantization: Annotated[
-        str | None, typer.Option(help="wint4 or wint8: pack weights while loading; none: never.")
-    ] = None
+    quantization: Annotated[str | None, typer.Option(help="wint4, wint8, on a GPU fp8; none: floats.")] = None
     speculation: Annotated[str | None, typer.Option(help="auto (default), ngram, mtp or off: who drafts.")] = None
     num_speculative_tokens: Annotated[
         int | None, typer.Option(hidden=True, help="Most drafts of a sequence in a step.")
@@ -65,7 +63,7 @@ class EngineFlags:
     ] = True
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None
     kv_cache_dir_size: Annotated[float | None, typer.Option(help="Most that it may hold, GB; default 20.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or split (experts on the CPU).")] = "auto"
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None
     hf_token: Annotated[str | None, typer.Option(envvar="HF_TOKEN", help="Token for private hub models.")] = None
 

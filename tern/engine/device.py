@@ -46,7 +46,8 @@ class GpuFacts:
 
 
 def resolve_device(name: str, *, fp8: bool = False) -> torch.device:
-    """The device that an option names; "auto" is the first GPU if it can be used, else the processor.
+    """The device that an option names; "auto" is the first GPU if it can be used, else the
+    processor; "split" is a GPU too.
 
     `fp8`: weights or cache are to be kept in it. Raises `OptionError` that says what is missing: a torch that was
     built for GPUs, a driver, the card of that number, or a newer card.
@@ -55,7 +56,7 @@ def resolve_device(name: str, *, fp8: bool = False) -> torch.device:
         return torch.device("cpu")
     if name != "auto":
         _check_present(name)
-    device = torch.device("cuda", torch.device("cuda:0" if name == "auto" else name).index or 0)
+    device = torch.device("cuda", 0 if name == "auto" else _number(name))
     facts = GpuFacts.of(device)
     problem = unfit(facts, fp8=fp8)
     if problem is None:
@@ -66,6 +67,11 @@ def resolve_device(name: str, *, fp8: bool = False) -> torch.device:
         logger.warning("%s So this runs on the processor.", problem)
         return torch.device("cpu")
     raise OptionError(problem)
+
+
+def _number(name: str) -> int:
+    """Which card "cuda:N" or "split:N" means; the first without a number."""
+    return int(name.partition(":")[2] or 0)
 
 
 def _check_present(name: str) -> None:
@@ -80,7 +86,7 @@ def _check_present(name: str) -> None:
             f"device is {name!r}, and this torch has CUDA {torch.version.cuda}, but no NVIDIA GPU can be used "
             f"({_why_not()}): install or update NVIDIA's driver, or choose cpu or auto."
         )
-    count, number = torch.cuda.device_count(), torch.device(name).index or 0
+    count, number = torch.cuda.device_count(), _number(name)
     if number >= count:
         raise OptionError(f"device is {name!r}, but there are {count} GPUs here: choose cuda:0 to cuda:{count - 1}.")
 

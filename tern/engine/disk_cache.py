@@ -266,5 +266,6 @@ def fingerprint(options: EngineOptions, model: ErnieModel, kv: KVCache, weights_
     The version of Tern counts too: its kernels may round another way, or have been wrong.
     """
     layout = [[str(part.dtype), *part.shape[:2], *part.shape[3:]] for part in (kv.keys, kv.values)]
-    network = [weights_identity, options.quantization, str(model.dtype), model.device.type]
+    weights = [weights_identity, options.quantization, model.quantization, model.is_split]
+    network = [*weights, str(model.dtype), model.device.type]
     return hashlib.sha256(json.dumps([__version__, network, layout]).encode()).digest()

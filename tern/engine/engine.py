@@ -40,6 +40,7 @@ from tern.engine.pipeline import Pipeline
 from tern.engine.prompt_room import PromptRoom
 from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
 from tern.engine.request_checks import check_ids, check_request
+from tern.engine.residence import resolve_residence
 from tern.engine.runner import Runner, StepResult
 from tern.engine.sampler import GRAMMAR_FAILED
 from tern.engine.sampling_state import SamplingState
@@ -94,7 +95,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_model_len=self.max_model_len,
             predicted_drafts=self.drafter.predicted_drafts,
-            capture=capture_for(model.device, enforce_eager=options.enforce_eager),
+            capture=capture_for(model.device, enforce_eager=options.enforce_eager or model.is_split),
             progress=progress,
         )
         if self.runner.graphs is not None:
@@ -138,11 +139,13 @@ class Engine:
             open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         device = resolve_device(options.device, fp8=options.wants_fp8)
+        device, split = resolve_residence(options, source, dtype, device)
         check_cache_dtype(options.kv_cache_dtype, device)
-        check_fits(source, options, device)
+        if split is None:
+            check_fits(source, options, device)
         with current(device):
             try:
-                return cls._load(source, options, device, dtype, progress)
+                return cls._load(source, options, device, dtype, split, progress)
             except torch.OutOfMemoryError as error:
                 raise does_not_fit(source, device) from error
 
@@ -153,10 +156,13 @@ class Engine:
         options: EngineOptions,
         device: torch.device,
         dtype: torch.dtype | None,
+        split: str | None,
         progress: bool,
     ) -> Engine:
         began = time.perf_counter()
-        model = load_model(source, dtype=dtype, device=device, quantization=options.quantization, progress=progress)
+        model = load_model(
+            source, dtype=dtype, device=device, quantization=options.quantization, split=split, progress=progress
+        )
         logger.info("weights and kernels: %.1f s", time.perf_counter() - began)
         identity = weights_identity(source) if options.kv_cache_dir is not None else None
         began = time.perf_counter()

@@ -43,7 +43,7 @@ def check_fits(source: ModelSource, options: EngineOptions, device: torch.device
         return
     if choose_quantization(options.quantization, source.default_quantization, device) is None:
         dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
-        if weight_bytes(source.config, dtype, None) > free_memory(device):
+        if weight_bytes(source.config, dtype, None, gpu=True) > free_memory(device):
             raise does_not_fit(source, device)
 
 
@@ -52,13 +52,13 @@ def does_not_fit(source: ModelSource, device: torch.device) -> OptionError:
     stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
     fitting = []
     for each in (device, torch.device("cpu")):
-        for precision in [stored] if stored else [None, *reversed(QUANTIZATIONS)]:
-            weights = weight_bytes(source.config, torch.bfloat16, precision)
+        for precision in [stored] if stored else [None, "fp8", *reversed(QUANTIZATIONS)]:
+            weights = weight_bytes(source.config, torch.bfloat16, precision, gpu=each.type == "cuda")
             longest = longest_context(source.config, weights, free_memory(each))
             if longest and runs_on(precision, each):
                 size = f"{weights / 1e9:.1f} GB"
                 fitting.append(f"{each} in {precision or FLOATS} ({size}), max_model_len up to {longest}")
-    needed = weight_bytes(source.config, torch.bfloat16, stored) / 1e9
+    needed = weight_bytes(source.config, torch.bfloat16, stored, gpu=device.type == "cuda") / 1e9
     advice = f"What fits: {'; '.join(fitting)}." if fitting else "Nothing here has memory enough: use a smaller model."
     return OptionError(
         f"{source.name} does not fit on {device}: its weights are {needed:.1f} GB in {stored or FLOATS}, cache and "

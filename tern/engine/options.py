@@ -14,12 +14,12 @@ from tern.errors import OptionError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # the same, the second as vLLM names it
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", *FP8_CACHE_DTYPES)
-QUANTIZATIONS = ("wint4", "wint8", "none")
+QUANTIZATIONS = ("wint4", "wint8", "fp8", "block_wise_fp8", "none")
 SPECULATIONS = ("auto", "off", "ngram", "mtp")
 DEFAULT_KV_CACHE_DIR_SIZE = 20_000_000_000
 MOST_DRAFTS = 64
 LONGEST_LOOKUP = 64
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|(cuda|split)(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class EngineOptions:
     begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most `kv_cache_dir_size` bytes
     together (None: `DEFAULT_KV_CACHE_DIR_SIZE`). `max_queue`: requests that may wait before new ones are refused;
     `max_queue_tokens`: tokens of their prompts that may, save that a single one always may; None never refuses.
-    `dtype` and `device` are those of the loaded model. `quantization` packs its linear weights and experts in 4 or 8
-    bits ("wint4", "wint8"); "none" keeps them floats; None does as the files suggest: floats stay floats, weights of
-    few bits are packed on the CPU. `speculation` says who drafts tokens that a step then verifies: "ngram" copies from
-    the text so far, "mtp" is the model's own predictor, "auto" both where there is one, "off" nobody; drafts are made
-    only while they pay, and answers are the same with and without.
+    `dtype` and `device` are those of the loaded model; device "split" or "split:N" keeps the routed experts packed on
+    the CPU and the rest on a GPU, and "auto" does so where a GPU is too small for the weights
+    (`tern.engine.residence`). `quantization` packs its linear weights and experts in 4 or 8 bits ("wint4", "wint8") or,
+    on a GPU, rounds them to fp8 ("fp8", one scale a weight, or "block_wise_fp8"); "none" keeps them floats; None does
+    as the files suggest: floats stay floats, weights of few bits are packed. `speculation` says who drafts tokens that
+    a step then verifies: "ngram" copies from the text so far, "mtp" is the model's own predictor, "auto" both where
+    there is one, "off" nobody; drafts are made only while they pay, and answers are the same with and without.
     `num_speculative_tokens`: most drafts of a sequence in a step; None is what `tern.engine.drafts` finds good.
     `prompt_lookup_min` to `prompt_lookup_max` tokens must agree before "ngram" copies what follows.
     `check_integrity_when_idle` verifies the engine's books each time it runs out of work.
@@ -122,12 +124,12 @@ class EngineOptions:
         _integer("prompt_lookup_max", self.prompt_lookup_max, 1, LONGEST_LOOKUP)
         _integer("prompt_lookup_min", self.prompt_lookup_min, 1, self.prompt_lookup_max)
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
-            raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda or cuda:N.")
+            raise OptionError(f"device is {self.device!r}: it must be auto, cpu, cuda, cuda:N, split or split:N.")
 
     @property
     def wants_fp8(self) -> bool:
         """Whether weights or cache are to be kept in fp8, which not every GPU can multiply."""
-        return any(str(value).startswith("fp8") for value in (self.quantization, self.kv_cache_dtype))
+        return any("fp8" in str(value) for value in (self.quantization, self.kv_cache_dtype))
 
     def _check_kv_cache_dir(self) -> None:
         directory, size = self.kv_cache_dir, self.kv_cache_dir_size

@@ -128,10 +128,9 @@ class EngineService:
     def facts(self) -> EngineFacts:
         """What stays the same while the engine lives."""
         engine = self._engine
-        bits = engine.runner.model.packed_bits
         return EngineFacts(
             dtype=str(engine.dtype).removeprefix("torch."),
-            quantization=None if bits is None else f"wint{bits}",
+            quantization=engine.runner.model.quantization,
             kv_cache_dtype=str(engine.runner.kv.keys.dtype).removeprefix("torch."),
             device=str(engine.device),
             max_num_seqs=engine.options.max_num_seqs,

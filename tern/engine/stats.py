@@ -68,8 +68,9 @@ class PromptProgress:
 class EngineFacts:
     """What stays the same while an engine lives.
 
-    `dtype` is what the network computes in, `kv_cache_dtype` what the cache keeps; `quantization` is the packing of the
-    weights ("wint4", "wint8"), None for floats. `num_blocks` blocks of `block_size` tokens are the cache.
+    `dtype` is what the network computes in, `kv_cache_dtype` what the cache keeps; `quantization` is what the
+    weights are rounded to ("wint4", "wint8", "fp8", "block_wise_fp8"), None for floats. `num_blocks` blocks of
+    `block_size` tokens are the cache.
     """
 
     dtype: str

@@ -17,7 +17,8 @@ from tern.model.parameters import OPTIONAL_PARAMETERS, parameter_shapes
 
 
 class ErnieModel:
-    """The network of `config` over `tensors`, which map canonical names to parameters on one device.
+    """The network of `config` over `tensors`, which map canonical names to parameters on one device, save that routed
+    experts may lie packed on the CPU while the others are elsewhere.
 
     The tensors are used as they are, without a copy; all must be of one floating type but those of
     `float32_parameters`. `mtp` is the multi-token predictor, None if the tensors hold none.
@@ -29,7 +30,12 @@ class ErnieModel:
         _check(config, tensors)
         parameters = Parameters(tensors)
         self.config = config
-        self._packed_bits = next((w.bits for w in tensors.values() if isinstance(w, ops.PackedWeight)), None)
+        rounded = [weight for weight in tensors.values() if not isinstance(weight, Tensor)]
+        self._quantization = rounded[0].quantization if rounded else None
+        experts = [weight for name, weight in tensors.items() if name.endswith(".moe.down")]
+        self._is_split = any(isinstance(weight, ops.PackedWeight) for weight in experts) and not isinstance(
+            tensors["layers.0.attn.qkv.weight"], ops.PackedWeight
+        )
         self.embedding = parameters["embed"]
         self.layers = [
             DecoderLayer(config, parameters.under(f"layers.{layer}."), moe=config.is_moe_layer(layer))
@@ -56,9 +62,14 @@ class ErnieModel:
         return self.embedding.device
 
     @property
-    def packed_bits(self) -> int | None:
-        """Bits of a value of the packed weights; None if all are floats."""
-        return self._packed_bits
+    def quantization(self) -> str | None:
+        """What the weights are rounded to, or failing those the experts: wint4, wint8, fp8 or block_wise_fp8."""
+        return self._quantization
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the routed experts lie on the CPU and all else elsewhere; a step then waits for the host."""
+        return self._is_split
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:

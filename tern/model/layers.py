@@ -57,14 +57,14 @@ class Parameters:
         return found
 
     def get(self, name: str) -> Tensor | None:
-        """The parameter, or None where the network has none of this name; a packed one is refused."""
+        """The parameter, or None where the network has none of this name; a rounded one is refused."""
         found = self._tensors.get(self._prefix + name)
-        if isinstance(found, ops.PackedWeight):
-            raise CheckpointError(f"{self._prefix}{name} is packed in {found.bits} bits: only linear weights may be.")
+        if found is not None and not isinstance(found, Tensor):
+            raise CheckpointError(f"{self._prefix}{name} is kept as {found.quantization}: only linear weights may be.")
         return found
 
     def weight(self, name: str) -> ops.Weight:
-        """A linear weight, or a stack of them, packed or not."""
+        """A linear weight, or a stack of them, in any form."""
         return self._tensors[self._prefix + name]
 
     def under(self, prefix: str) -> Parameters:

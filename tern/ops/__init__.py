@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tern.ops import cpu, reference, reference_attention, reference_packed, reference_sampling
-from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, round_to_fp8
-from tern.ops.packed import PackedWeight, Weight, empty, packed_shapes, unpack
+from tern.errors import OptionError
+from tern.ops import cpu, reference, reference_attention, reference_packed, reference_sampling, split_experts
+from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, Weight, round_to_fp8
+from tern.ops.packed import PackedWeight, empty, packed_shapes, unpack
 from tern.ops.placement import on_gpu, uses_gpu
 from tern.ops.reference import (
     cached_head_dim,
@@ -76,8 +77,11 @@ AttentionPlan: TypeAlias = "cpu.SequencesPlan | reference_attention.AttentionPla
 def prepare(device: torch.device) -> None:
     """Start what computes on `device`, so that a wish that the machine cannot grant is known before any work.
 
-    Raises `OptionError` if the environment asks for an instruction set or a number of threads that there is not.
+    Raises `OptionError` if there is no such device, or if the environment asks for an instruction set or a number of
+    threads that there is not.
     """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device is {device} but no NVIDIA GPU can be used here: choose cpu.")
     if device.type == "cpu":
         cpu.machine()
 
@@ -93,6 +97,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
     if isinstance(weight, PackedWeight):
         return cpu.linear_packed(x, weight, bias)
+    assert isinstance(weight, Tensor)
     return reference.linear(x, weight, bias)
 
 
@@ -141,10 +146,12 @@ def mix_experts(
 ) -> Tensor:
     """The weighted sum of each token's experts, plus the shared one -> [T, H]; see `tern.ops.reference.mix_experts`."""
     if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
+        if split_experts.are_apart(x, shared):
+            return split_experts.mix_experts(x, weights, experts, gate_up, down, shared, swiglu)
         return cpu.mix_experts_packed(x, weights, experts, gate_up, down, shared)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return reference.mix_experts(x, weights, experts, gate_up, down, shared, _gated(x))
-    raise TypeError("the experts' weights are packed as a whole or not at all")
+    raise TypeError("the experts' weights are all of one kind")
 
 
 def rotate_and_store(

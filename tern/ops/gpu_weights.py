@@ -61,6 +61,11 @@ class RowPackedWeight:
         return 8 if self.factors is None else 4
 
     @property
+    def quantization(self) -> str:
+        """The name of this form."""
+        return f"wint{self.bits}"
+
+    @property
     def experts(self) -> int | None:
         """How many weights a stack holds; None for a single one."""
         return self.scales.shape[0] if self.scales.dim() == 2 else None
@@ -114,6 +119,11 @@ class Fp8Weight:
         return tuple(self.scales.shape[-2:]) == (rows, depths)
 
     @property
+    def quantization(self) -> str:
+        """The name of this form; of a weight of one block, which has one scale in any case, "fp8"."""
+        return "fp8" if tuple(self.scales.shape[-2:]) == (1, 1) else "block_wise_fp8"
+
+    @property
     def experts(self) -> int | None:
         """How many weights a stack holds; None for a single one."""
         return self.values.shape[0] if self.values.dim() == 3 else None
@@ -143,6 +153,8 @@ class Fp8Weight:
 
 GpuWeight = Tensor | RowPackedWeight | Fp8Weight
 """What a GPU's linear layer multiplies with."""
+Weight = GpuWeight | PackedWeight
+"""What a linear layer multiplies with."""
 
 
 def round_to_fp8(weight: Tensor, *, block_wise: bool) -> Fp8Weight:

@@ -75,10 +75,20 @@ class PackedWeight:
         """Bytes of all tensors together."""
         return sum(tensor.nbytes for tensor in (self.values, self.factors, self.scales) if tensor is not None)
 
+    @property
+    def quantization(self) -> str:
+        """The name of this form."""
+        return f"wint{self.bits}"
+
     def __getitem__(self, expert: int) -> PackedWeight:
         """One weight of a stack."""
         factors = None if self.factors is None else self.factors[expert]
         return replace(self, values=self.values[expert], factors=factors, scales=self.scales[expert])
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same on another device."""
+        factors = None if self.factors is None else self.factors.to(device)
+        return replace(self, values=self.values.to(device), factors=factors, scales=self.scales.to(device))
 
     def copy_(self, other: PackedWeight) -> None:
         """Take over the values of a weight of the same sizes."""
@@ -105,10 +115,6 @@ class PackedWeight:
         codes = torch.cat((self.factors & 15, self.factors >> 4), dim=2).long()
         factors = torch.tensor(FACTORS, dtype=torch.int8, device=codes.device)[codes]
         return factors.transpose(1, 2).reshape(self.columns, -1)
-
-
-Weight = Tensor | PackedWeight
-"""What a linear layer multiplies with."""
 
 
 def round_up(size: int, multiple: int) -> int:

@@ -157,8 +157,8 @@ def _best_factors(groups: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """
     extremes = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))[..., 0]
     exact = extremes / _divisor(scales)[:, None]
-    best_errors = torch.full(groups.shape[:2], torch.inf)
-    best_factors = torch.ones(groups.shape[:2])
+    best_errors = groups.new_full(groups.shape[:2], torch.inf)
+    best_factors = torch.ones_like(best_errors)
     for target in (-8, 7):
         nearest = exact / target
         signs = torch.where(nearest < 0, -1.0, 1.0)

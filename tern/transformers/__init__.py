@@ -74,7 +74,7 @@ class AutoModelForCausalLM:
         """The network of a directory, a hub id, `dummy:PRESET`, or None for the embedded model.
 
         `dtype` (or its older name `torch_dtype`) is a torch dtype or its name; `device_map` is "auto" (a GPU where
-        there is one), "cpu", "cuda" or "cuda:N".
+        there is one, with the experts on the CPU if it is too small), "cpu", "cuda", "cuda:N", "split" or "split:N".
         """
         _refuse_unknown(ignored)
         wanted = dtype if dtype is not None else torch_dtype

@@ -124,6 +124,39 @@ def test_a_card_is_described_and_preferred(monkeypatch: pytest.MonkeyPatch, caps
     assert "GPU        NVIDIA H200, compute capability 9.0, 140.0 GB free of 150.0" in said
     assert "cuda:0  bfloat16    43.7 GB" in said
     assert "try        tern serve dummy:ernie-4.5-21b-a3b\n" in said
+    assert "--device auto: The weights take 43.7 GB of the 138.5 GB that the GPU has for weights." in said
+
+
+@pytest.mark.parametrize(
+    ("model", "card", "host", "fitting", "advice"),
+    [
+        ("ernie-4.5-21b-a3b", 80e9, 9e9, ["bfloat16", "fp8", "wint8", "wint4"], ""),
+        ("ernie-4.5-21b-a3b", 32e9, 9e9, ["fp8", "wint8", "wint4"], " --quantization fp8"),
+        (
+            "ernie-4.5-21b-a3b",
+            16e9,
+            64e9,
+            ["wint4", "split bfloat16+wint8", "split bfloat16+wint4", "cpu bfloat16", "cpu wint8", "cpu wint4"],
+            " --device split",
+        ),
+        ("ernie-4.5-21b-a3b", 2e9, 64e9, ["cpu bfloat16", "cpu wint8", "cpu wint4"], " --device cpu"),
+    ],
+)
+def test_a_card_has_its_own_precisions_and_can_share(
+    model: str, card: float, host: float, fitting: list[str], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card_found = SimpleNamespace(name="NVIDIA L4", major=8, minor=9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card_found)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (int(card), int(card)))
+    monkeypatch.setattr(doctor_module, "free_memory", lambda device: int(card if device.type == "cuda" else host))
+    found = diagnose(resolve_model(f"dummy:{model}"))
+    names = [f"{fit.device.replace('cuda:0', '')} {fit.precision}".strip() for fit in found.fits if fit.fits]
+    assert names == fitting
+    assert found.advice == f"tern serve dummy:{model}{advice}"
+    assert found.residence is not None
+    assert found.residence.startswith("The weights take 43.7 GB")
 
 
 def test_a_directory_is_advised_as_it_can_be_found(tmp_path: Path) -> None:

@@ -78,8 +78,11 @@ def test_synthetic_weights_are_drawn_packed_and_repeatable(quantization: str) ->
 def test_what_cannot_be_packed_is_said() -> None:
     with pytest.raises(OptionError, match="quantization is 'wint2': it must be one of wint4, wint8"):
         load_tensors(resolve_model("dummy:tiny"), quantization="wint2")
-    with pytest.raises(OptionError, match="packed weights run on the CPU"):
-        load_tensors(resolve_model("dummy:tiny"), quantization="wint4", device="cuda")
+    with pytest.raises(OptionError, match="packed weights run on CPUs and GPUs"):
+        load_tensors(resolve_model("dummy:tiny"), quantization="wint4", device="meta")
+    for name in ("fp8", "block_wise_fp8"):
+        with pytest.raises(OptionError, match=f"quantization is '{name}', but the device is the CPU.*choose wint8"):
+            load_tensors(resolve_model("dummy:tiny"), quantization=name)
     with pytest.raises(OptionError, match="quantization is 'int4'"):
         EngineOptions(quantization="int4")
 

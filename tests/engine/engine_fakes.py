@@ -36,6 +36,8 @@ class HashModel:
             head_dim=1,
         )
         self.mtp: Any = None
+        self.quantization: str | None = None
+        self.is_split = False
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self.table = torch.randn(8191, vocab_size, generator=torch.Generator().manual_seed(5))

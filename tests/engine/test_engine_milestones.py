@@ -76,7 +76,7 @@ def test_steps_are_counted_by_their_tokens() -> None:
 
 def test_facts_are_those_of_engine_and_weights() -> None:
     model = HashModel()
-    model.packed_bits = 4  # type: ignore[attr-defined]
+    model.quantization = "wint4"
     facts = EngineService(make_engine(model, max_num_seqs=3)).facts()
     assert (facts.dtype, facts.quantization, facts.kv_cache_dtype) == ("float32", "wint4", "float32")
     assert (facts.device, facts.max_num_seqs, facts.block_size, facts.num_blocks) == ("cpu", 3, 4, 96)

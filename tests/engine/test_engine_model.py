@@ -11,7 +11,7 @@ import torch
 from engine_fakes import add, run
 
 from tern.checkpoint import GenerationConfig, ModelSource
-from tern.checkpoint.quantisation import pack_parameter, pack_tied_head
+from tern.checkpoint.quantisation import ROUTED_EXPERTS, pack_parameter, pack_tied_head
 from tern.engine import Engine, EngineOptions, FinishReason
 from tern.errors import OptionError
 from tern.model import Batch, ErnieConfig, ErnieModel, KVCache, float32_parameters, parameter_shapes
@@ -62,8 +62,8 @@ PROMPTS = [
 def network(architecture: str) -> ErnieModel:
     """A network of random weights, large enough for answers that vary; float32 unless the name ends in bf16.
 
-    With "wint4" in the name, its weights are packed; with "mtp" it has a multi-token predictor; with "int8 cache",
-    `build` keeps keys and values in int8.
+    With "wint4" in the name, its weights are packed; with "split", its routed experts alone; with "mtp" it has a
+    multi-token predictor; with "int8 cache", `build` keeps keys and values in int8.
     """
     moe = architecture.startswith("moe")
     sizes = {**SMALL, "num_nextn_predict_layers": int("mtp" in architecture)}
@@ -83,6 +83,11 @@ def network(architecture: str) -> ErnieModel:
     if architecture.endswith("bf16"):
         wide = float32_parameters(config)
         tensors = {name: value if name in wide else value.bfloat16() for name, value in tensors.items()}
+    if "split" in architecture:
+        routed = {name: pack_parameter(name, tensors[name], "wint4") for name in tensors if ".moe." in name}
+        split = {**tensors, **{name: weight for name, weight in routed.items() if name.endswith(ROUTED_EXPERTS)}}
+        assert ErnieModel(config, split).is_split
+        return ErnieModel(config, split)
     if "wint4" in architecture:
         packed = {name: pack_parameter(name, value, "wint4") for name, value in tensors.items()}
         pack_tied_head(packed, config, "wint4")
@@ -127,7 +132,16 @@ def build(architecture: str, **options: Any) -> Engine:
 
 @pytest.mark.parametrize(
     "architecture",
-    ["dense", "moe", "moe bf16", "moe wint4", "moe wint4 bf16", "dense int8 cache", "moe wint4 int8 cache bf16"],
+    [
+        "dense",
+        "moe",
+        "moe bf16",
+        "moe wint4",
+        "moe wint4 bf16",
+        "moe split bf16",
+        "dense int8 cache",
+        "moe wint4 int8 cache bf16",
+    ],
 )
 @pytest.mark.parametrize(
     "options",

@@ -44,6 +44,8 @@ from tern.ops.placement import interpreted
         ({"check_integrity_when_idle": 1}, "check_integrity_when_idle is 1"),
         ({"dtype": "int8"}, "dtype is 'int8': it must be one of auto, float32"),
         ({"device": "tpu"}, "device is 'tpu': it must be auto, cpu, cuda"),
+        ({"device": "split:x"}, "device is 'split:x': .* split or split:N"),
+        ({"quantization": "int4"}, "quantization is 'int4': it must be one of wint4, wint8, fp8, block_wise_fp8, none"),
         ({"max_num_seq": 4}, "no engine option 'max_num_seq': did you mean max_num_seqs"),
         ({"zzz": 4}, "no engine option 'zzz': known are max_model_len"),
     ],
