@@ -210,8 +210,9 @@ def test_a_stop_token_is_named_and_not_shown(server: Live) -> None:
 
 def test_the_end_token_is_never_shown(server: Live) -> None:
     for more in ({}, {"include_stop_str_in_output": True, "stop": ["never"], "stop_token_ids": [7]}):
+        server.engine.answers.append(GREETING.replace("Hello", "Hello<|im_start|>"))
         choice = server.chat(skip_special_tokens=False, **more)["choices"][0]
-        assert choice["message"]["content"] == "Hello, 你好!\n\nHow are you?"
+        assert choice["message"]["content"] == "Hello<|im_start|>, 你好!\n\nHow are you?", "others are"
 
 
 def test_no_top_logprobs_need_no_logprobs(server: Live) -> None:

@@ -432,6 +432,7 @@ def one(block: Any, role: str = "user") -> list[Any]:
         ({"tool_choice": {"type": "sometimes"}}, "tool_choice.type"),
         ({"tool_choice": {"type": {}}}, "tool_choice.type"),
         ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": 1.5}}, "tool_choice.disable_parallel_tool_use"),
+        ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": 0}}, "tool_choice.disable_parallel_tool_use"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type"),
         ({"thinking": {"type": "enabled"}}, "thinking.type"),

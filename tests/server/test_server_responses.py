@@ -189,6 +189,7 @@ def test_log_probabilities_are_those_of_the_text_alone(server: Live) -> None:
         assert all(len(entry["top_logprobs"]) == 2 for entry in part["logprobs"])
     server.engine.answers.append(GREETING)
     entries = respond(server, include=["message.output_text.logprobs"])["output"][1]["content"][0]["logprobs"]
+    assert entries
     assert all(entry["top_logprobs"] == [] for entry in entries)
     deltas = [event for event in stream(server, top_logprobs=0) if event["type"] == "response.output_text.delta"]
     streamed = b"".join(bytes(entry["bytes"]) for event in deltas for entry in event["logprobs"])
@@ -379,6 +380,7 @@ BAD_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": "banana"}}
         ({"tools": ["x"]}, "tools[0]"),
         ({"tools": [{"type": "web_search"}, {"type": "function", "name": "a b"}]}, "tools[1].name"),
         ({"tools": [{"type": "web_search"}, BAD_SCHEMA]}, "tools[1].parameters.type"),
+        ({"tools": [{**TOOL, "strict": 0.0}]}, "tools[0]"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
