@@ -69,7 +69,7 @@ def without(body: Mapping[str, Any], field: Field) -> dict[str, Any]:
     outer, _, inner = field.name.partition(".")
     rest = {name: value for name, value in body.items() if name != outer}
     if inner and isinstance(body.get(outer), Mapping):
-        described = fields._schema_of(field.schema.model_fields[outer].annotation)
+        described = fields.schema_of(field.schema.model_fields[outer].annotation)
         assert described is not None
         if not described.model_fields[inner].is_required():
             rest[outer] = {name: value for name, value in body[outer].items() if name != inner}
@@ -120,7 +120,11 @@ class Trial:
 def try_without(chosen: Sequence[Row]) -> set[tuple[str, str]]:
     """The tests of these rows that fail without a field, and with all: see `Trial.failed`."""
     trial = Trial(chosen)
-    places = [place for test in {test: 0 for row in chosen for test in row.tests} for place in places_of_tests()[test]]
+    places = [
+        place
+        for test in dict.fromkeys(test for row in chosen for test in row.tests)
+        for place in places_of_tests()[test]
+    ]
     options = ["-p", "no:cacheprovider", "--tb=no", "--no-summary", f"--timeout={SECONDS}", "-W", "default"]
     code = pytest.main([*options, *places], plugins=[trial])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.completion import CompletionRequest
-from tern.server.schemas.fields import IGNORED, NEUTRAL, Schema, _schema_of
+from tern.server.schemas.fields import IGNORED, NEUTRAL, Schema, schema_of
 from tern.server.schemas.messages import CountTokensRequest, MessagesRequest
 from tern.server.schemas.responses import ResponsesRequest
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
@@ -79,16 +79,15 @@ def rows() -> Iterator[Row]:
             yield Row(fields, meaning.startswith("ignored"), before)
 
 
-def fields_of(schema: type[Schema], *, foreign: bool = True) -> Iterator[str]:
-    """The names of a schema's fields; of an object with a schema those inside it. `foreign`: also those not served."""
+def fields_of(schema: type[Schema]) -> Iterator[str]:
+    """The names of a schema's fields, of an object with a schema those inside it, and of those that are not served."""
     for name, field in schema.model_fields.items():
-        inner = _schema_of(field.annotation)
+        inner = schema_of(field.annotation)
         if inner is None:
             yield name
         else:
             yield from (f"{name}.{each}" for each in fields_of(inner))
-    if foreign:
-        yield from ({*IGNORED, *NEUTRAL} if schema is Schema else {*schema.ignored, *schema.neutral})
+    yield from ({*IGNORED, *NEUTRAL} if schema is Schema else {*schema.ignored, *schema.neutral})
 
 
 @cache
