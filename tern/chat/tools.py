@@ -92,7 +92,7 @@ def _check_tool(tool: object, path: str, budget: _Budget) -> str:
             description,
             f"it must be text of at most {MAX_DESCRIPTION_LENGTH} characters",
         )
-    if function.get("strict") not in (None, True, False):
+    if not isinstance(function.get("strict"), bool | None):
         raise _wrong(f"{path}.function.strict", function.get("strict"), "it must be true or false")
     _check_parameters(function.get("parameters"), f"{path}.function.parameters", budget)
     return name

@@ -145,7 +145,7 @@ def _choice(choice: Mapping[str, Any] | None, tools: Toolbox) -> JsonObject:
     if choice is None:
         return {}
     kind, single = choice.get("type"), choice.get("disable_parallel_tool_use")
-    if single not in (None, True, False):
+    if not isinstance(single, bool | None):
         name = "tool_choice.disable_parallel_tool_use"
         raise InvalidRequestError(f"{name} is {short(single)}: it must be true or false.", param=name)
     if not isinstance(kind, str) or kind not in (*CHOICES, "tool"):

@@ -6,12 +6,13 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tern.chat.json_scanner import MAX_DEPTH, JsonScanner, JsonStringDecoder
+from tests.fuzzing import fuzz
 
-property_test = settings(deadline=None, derandomize=True, max_examples=300)
+property_test = fuzz(300)
 FRAGMENTS = [
     *'{}[]",:-+.eE0123 \n\t\\/u',
     "true",

@@ -173,6 +173,8 @@ def nested(depth):
         ([tool("f"), tool("f")], "tools[1].function.name", "an earlier tool has"),
         ([tool(description=5)], "tools[0].function.description", "must be text"),
         ([tool(strict="yes")], "tools[0].function.strict", "true or false"),
+        ([tool(strict=1)], "tools[0].function.strict", "true or false"),
+        ([tool(strict=0.0)], "tools[0].function.strict", "true or false"),
         ([tool(parameters="object")], "tools[0].function.parameters", "JSON Schema"),
         ([tool(parameters={"type": "string"})], "tools[0].function.parameters.type", "must be 'object'"),
         ([tool(parameters={"multipleOf": 0})], "tools[0].function.parameters.multipleOf", "above 0"),

@@ -7,7 +7,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tern.chat import (
@@ -24,6 +24,7 @@ from tern.chat import (
     state_after_prompt,
 )
 from tern.chat.json_scanner import JsonScanner
+from tests.fuzzing import fuzz
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g", "get_weather")]
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
@@ -349,7 +350,7 @@ def split_at(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(places)]
 
 
-@settings(deadline=None, derandomize=True, max_examples=400)
+@fuzz(400)
 @given(
     text=texts | calls,
     cuts=st.lists(st.integers(0, 120), max_size=12),
@@ -369,7 +370,7 @@ def test_every_single_split_of_every_row(text):
         assert collect_message(stream([text[:cut], text[cut:]])) == whole
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@fuzz(300)
 @given(text=texts)
 def test_thoughts_are_released_but_for_what_could_be_the_closing_tag(text):
     text = text.replace("</think>", "")
@@ -381,7 +382,7 @@ def test_thoughts_are_released_but_for_what_could_be_the_closing_tag(text):
         assert held == "" or "\n</think>".startswith(held) or "</think>".startswith(held)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@fuzz(300)
 @given(text=texts)
 def test_content_is_released_but_for_what_could_be_the_closing_tag(text):
     text = "x" + text.replace("</response>", "")
@@ -398,7 +399,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@fuzz(200)
 @given(
     arguments=st.dictionaries(st.text(max_size=5), json_values, max_size=4),
     ascii_only=st.booleans(),
@@ -417,7 +418,7 @@ def test_arguments_come_out_as_they_went_in_and_every_prefix_is_one_of_the_whole
     assert parse_response(text, TOOLS) == got
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@fuzz(300)
 @given(text=calls)
 def test_streamed_arguments_are_always_the_beginning_of_one_object(text):
     parser = ResponseParser(TOOLS)
@@ -431,7 +432,7 @@ def test_streamed_arguments_are_always_the_beginning_of_one_object(text):
     assert all(call.arguments[:1] in ("", "{") for call in whole.tool_calls)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@fuzz(300)
 @given(text=texts)
 def test_bare_text_is_released_but_for_newlines_and_what_could_be_a_tag(text):
     text = "x" + text.replace("<tool_call>", "").replace("</tool_call>", "")
@@ -442,7 +443,7 @@ def test_bare_text_is_released_but_for_newlines_and_what_could_be_a_tag(text):
     assert held == "" or any(tag.startswith(held) for tag in ("<tool_call>", "</tool_call>"))
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@fuzz(200)
 @given(parts=st.lists(st.sampled_from(FRAGMENTS[19:]), max_size=14))
 def test_a_call_that_is_accepted_whole_is_what_json_reads(parts):
     block = "".join(parts)

@@ -6,17 +6,16 @@ import itertools
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from tern.chat import TextStream, ThinkingControl, parse_response
 from tern.chat.loop_guard import CHECK_EVERY, MAX_PERIOD, MIN_LENGTH, LoopGuard, repeats
 from tern.chat.stop_strings import StopStrings
 from tern.chat.text_stream import CLOSE_THOUGHT, CLOSING_SENTENCE
+from tests.fuzzing import fuzz
 
-property_test = settings(
-    deadline=None, derandomize=True, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+property_test = fuzz(120, HealthCheck.function_scoped_fixture)
 
 
 def drive(stream, tokenizer, text, *, tokens=None):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models
 
 from tern.chat import Detokenizer, Tokenizer, bad_word_sequences
 from tern.errors import CheckpointError, InvalidRequestError
+from tests.fuzzing import fuzz
 
 TEXTS = [
     "The weather in Beijing",
@@ -25,9 +26,7 @@ TEXTS = [
     "ab</think>\n\n<response>\ncd\n</response>\n",
     "<|im_start|>user\nhi<|im_end|>\n\n",
 ]
-property_test = settings(
-    deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+property_test = fuzz(60, HealthCheck.function_scoped_fixture)
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import sentencepiece
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -20,6 +20,7 @@ from tern.chat import ChatProtocol, Tokenizer
 from tern.checkpoint.gguf_file import read_gguf
 from tern.checkpoint.gguf_tokenizer import text_files
 from tern.errors import CheckpointError
+from tests.fuzzing import fuzz
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. What is the weather in Beijing today?",
@@ -149,9 +150,7 @@ def test_text_is_read_and_written_as_from_tokenizer_json(both: tuple[Tokenizer, 
     assert_alike(*both, text)
 
 
-@settings(
-    deadline=None, derandomize=True, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzz(150, HealthCheck.function_scoped_fixture)
 @given(parts=st.lists(st.sampled_from([*CONTROL, *TAGS, *"The weather 天气é😀\n 12龘", "<s>", "get_"]), max_size=20))
 def test_any_mixture_too(both: tuple[Tokenizer, Tokenizer], parts: list[str]) -> None:
     assert_alike(*both, "".join(parts))

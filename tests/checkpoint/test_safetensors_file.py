@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tern.checkpoint.safetensors_file import MAX_HEADER_BYTES, WEIGHT_DTYPES, MappedFiles, read_entries
 from tern.errors import CheckpointError
+from tests.fuzzing import fuzz
 
 
 def write(path: Path, header: Any, data: bytes = b"") -> Path:
@@ -123,9 +124,7 @@ def test_file_that_shrinks_after_its_header_was_read_is_refused(tmp_path: Path) 
         MappedFiles().tensor(entry)
 
 
-@settings(
-    deadline=None, derandomize=True, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@fuzz(300, HealthCheck.function_scoped_fixture)
 @given(data=st.data())
 def test_damaged_bytes_are_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
     """Flip, cut or lengthen a sound file anywhere: either one error, or views that stay inside the file."""

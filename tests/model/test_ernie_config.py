@@ -7,12 +7,13 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Ernie4_5_MoeConfig, Ernie4_5Config
 
 from tern.errors import CheckpointError, UnsupportedConfigError
 from tern.model import ErnieConfig, float32_parameters, parameter_shapes
+from tests.fuzzing import fuzz
 
 # The config of ERNIE-4.5-21B-A3B-Thinking, after model.md.
 THINKING: dict[str, Any] = {
@@ -214,7 +215,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@fuzz(200)
 @given(st.dictionaries(st.sampled_from(sorted([*THINKING, "head_dim", "rope_parameters", "num_experts"])), JSON))
 def test_any_values_make_a_config_or_one_error(changes: dict[str, Any]) -> None:
     try:

@@ -2,11 +2,13 @@
 
 Arguments: the tokenizer's directory, the shutdown timeout and perhaps a port. Prints the URL when it serves. It is
 loading as long as there is a file `loading` in the directory, and the engine answers nothing until a file `open`
-appears there. With a file `elsewhere` its signals reach other threads than the main one.
+appears there. With a file `elsewhere` its signals reach other threads than the main one. When it serves, `frozen` has
+the number of objects that the garbage collector does not look at.
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import threading
@@ -42,6 +44,7 @@ def main() -> None:
     def ready(model: str, url: str) -> None:  # noqa: ARG001
         if (directory / "elsewhere").exists():
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
+        (directory / "frozen").write_text(str(gc.get_freeze_count()), encoding="utf-8")
         print(url, flush=True)
 
     run_server(load, options, on_ready=ready)

@@ -11,7 +11,7 @@ import socket
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given
 from hypothesis import strategies as st
 from server_fakes import USER, WEATHER_TOOL, Live
 
@@ -19,6 +19,7 @@ from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.completion import CompletionRequest
 from tern.server.schemas.fields import IGNORED, NEUTRAL
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
+from tests.fuzzing import fuzz
 
 ROUTES: dict[str, tuple[type, dict[str, Any]]] = {
     "/v1/chat/completions": (ChatRequest, {"messages": USER}),
@@ -27,12 +28,7 @@ ROUTES: dict[str, tuple[type, dict[str, Any]]] = {
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
 }
 
-fuzz = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+tried = fuzz(150, HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
 
 numbers = st.one_of(
     st.integers(-3, 30),
@@ -110,7 +106,7 @@ def answered_well(live: Live, path: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_any_value_in_any_field(server: Live, path: str) -> None:
-    @fuzz
+    @tried
     @given(body=body_for(path))
     @example(body={**ROUTES[path][1], "n": 128, "stream": True})
     @example(body={**ROUTES[path][1], "stop": ["a"] * 64, "stream": True})
@@ -127,7 +123,7 @@ def test_any_value_in_any_field(server: Live, path: str) -> None:
 def test_any_json_and_any_bytes(server: Live, path: str) -> None:
     good = json.dumps(ROUTES[path][1]).encode()
 
-    @fuzz
+    @tried
     @given(
         content=st.one_of(
             st.binary(max_size=60),
@@ -145,7 +141,7 @@ def test_any_json_and_any_bytes(server: Live, path: str) -> None:
     server.still_serves()
 
 
-@fuzz
+@tried
 @given(raw=st.one_of(st.binary(max_size=120), st.text(st.characters(max_codepoint=127), max_size=80).map(str.encode)))
 def test_any_bytes_on_the_socket(server: Live, raw: bytes) -> None:
     """What is no HTTP at all ends the connection and nothing else."""

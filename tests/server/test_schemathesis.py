@@ -25,6 +25,9 @@ from server_fakes import GREETING, USER, WEATHER_CALL, Live, ScriptedEngine, ser
 from tern.chat import ChatProtocol
 
 MANY = os.environ.get("TERN_SCHEMATHESIS")
+SECONDS = 100
+"""An answer that takes longer is none."""
+
 STREAMING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 POSTS = (*STREAMING, "/v1/messages/count_tokens", "/tokenize", "/detokenize")
 GETS = (
@@ -144,7 +147,7 @@ def test_requests_that_fit_are_answered_as_described(live: Live, api: Any, path:
         case.body = likely(path, whole(case.body))
         if path in STREAMING:
             case.body["stream"] = next(streams) and case.body.get("prompt_logprobs") is None
-        response = case.call()
+        response = case.call(timeout=SECONDS)
         case.validate_response(response, excluded_checks=excluded)
         statuses[response.status_code] += 1
         if response.status_code == 400:
@@ -167,7 +170,7 @@ def test_requests_that_do_not_fit_are_refused_as_described(api: Any, path: str) 
 
     @tried(api[path]["post"], GenerationMode.NEGATIVE)
     def check(case: Any) -> None:
-        response = case.call_and_validate()
+        response = case.call_and_validate(timeout=SECONDS)
         statuses[response.status_code] += 1
 
     check()
@@ -180,7 +183,7 @@ def test_requests_that_do_not_fit_are_refused_as_described(api: Any, path: str) 
 def test_what_takes_no_body_is_answered_as_described(api: Any, path: str, method: str) -> None:
     @tried(api[path][method], GenerationMode.POSITIVE)
     def check(case: Any) -> None:
-        case.call_and_validate()
+        case.call_and_validate(timeout=SECONDS)
 
     check()
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
+from openapi_probes import REQUESTS
 from server_fakes import USER, Live, ScriptedEngine, serve
 
 from tern.chat import ChatProtocol
+from tern.server.schemas.fields import NEUTRAL
 
 CHAT = "/v1/chat/completions"
 
@@ -121,24 +123,56 @@ def test_more_choices_than_ever_fit_are_no_full_queue(
     server.still_serves()
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"response_format": {"type": "structural_tag"}}, "response_format"),
-        ({"best_of": 3}, "best_of"),
-        ({"use_beam_search": True}, "use_beam_search"),
-        ({"functions": [{}]}, "functions"),
-        ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"continue_final_message": True}, "continue_final_message"),
-        ({"modalities": ["audio"]}, "modalities"),
-    ],
-)
-def test_what_is_not_supported_yet_says_so(server: Live, fields: dict[str, Any], param: str) -> None:
-    error = refused(server.client.post(CHAT, json={"messages": USER, **fields}))
-    assert (error["param"], error["code"]) == (param, "not_supported")
-    assert param in error["message"]
+UNSUPPORTED: dict[str, Any] = {
+    "response_format": {"type": "structural_tag"},
+    "add_generation_prompt": False,
+    "add_special_tokens": True,
+    "audio": {"voice": "alloy"},
+    "bad_words_token_ids": [5],
+    "best_of": 3,
+    "cache_salt": "s",
+    "chat_template": "{{ x }}",
+    "continue_final_message": True,
+    "disable_chat_template": True,
+    "documents": [{"text": "x"}],
+    "echo": True,
+    "function_call": "auto",
+    "functions": [{}],
+    "guided_decoding_backend": "xgrammar",
+    "guided_whitespace_pattern": " ",
+    "include_reasoning": False,
+    "kv_transfer_params": {},
+    "length_penalty": 1.5,
+    "logits_processors": ["x"],
+    "mm_processor_kwargs": {"a": 1},
+    "modalities": ["audio"],
+    "spaces_between_special_tokens": False,
+    "structural_tag": "x",
+    "suffix": "end",
+    "truncate_prompt_tokens": 5,
+    "use_beam_search": True,
+    "verbosity": "low",
+    "vllm_xargs": {"a": 1},
+    "web_search_options": {},
+}
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_what_is_not_supported_yet_says_so(server: Live, field: str) -> None:
+    error = refused(server.client.post(CHAT, json={"messages": USER, field: UNSUPPORTED[field]}))
+    assert (error["param"], error["code"]) == (field, "not_supported")
+    assert field in error["message"]
     assert "not supported yet" in error["message"]
     server.still_serves()
+
+
+def test_values_that_change_nothing(server: Live) -> None:
+    assert UNSUPPORTED.keys() - NEUTRAL.keys() == {"response_format"}
+    assert UNSUPPORTED.keys() >= NEUTRAL.keys()
+    plain = server.chat()["choices"]
+    for field, values in NEUTRAL.items():
+        for value in (None, *values):
+            assert server.chat(**{field: value})["choices"] == plain, field
 
 
 @pytest.mark.parametrize(
@@ -219,7 +253,9 @@ def test_an_unknown_model(server: Live) -> None:
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert "tern-test" in error["message"]
     refused(server.client.get("/v1/models/gpt-4"), 404)
-    refused(server.client.post("/v1/completions", json={"prompt": "x", "model": "gpt-4"}), 404)
+    for path, (_, body) in REQUESTS.items():
+        if not path.startswith("/v1/messages"):  # whose errors have another envelope
+            refused(server.client.post(path, json={**body, "model": "gpt-4"}), 404)
     server.still_serves()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from server_fakes import Live
+from server_fakes import EOS, Live
 
 PATH = "/v1/completions"
 STORY = "The bird flew to 北京.\n\nThen it rested."
@@ -220,10 +220,21 @@ def test_the_default_is_sixteen_tokens(server: Live) -> None:
     assert response.json()["choices"][0]["finish_reason"] == "length"
 
 
-def test_usage_at_the_end_of_a_stream(server: Live) -> None:
-    chunks = server.stream(PATH, prompt="Once", stream_options={"include_usage": True})
-    assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"]["completion_tokens"] == 16
+def test_usage_of_a_streamed_completion(server: Live) -> None:
+    for always in (False, True):
+        options = {"include_usage": True, "continuous_usage_stats": always}
+        *chunks, last = server.stream(PATH, prompt="Once", stream_options=options)
+        assert last["choices"] == []
+        assert last["usage"]["completion_tokens"] == 16
+        assert all((chunk["usage"] is not None) == always for chunk in chunks)
+
+
+def test_token_ids_of_a_completion(server: Live) -> None:
+    encode = server.state.protocol.tokenizer.encode
+    server.engine.answers.extend(["a bird"] * 2)
+    whole = complete(server, prompt=["Once", "x"], return_token_ids=True)["choices"]
+    assert [choice["prompt_token_ids"] for choice in whole] == [encode("Once"), encode("x")]
+    assert {tuple(choice["token_ids"]) for choice in whole} == {(*encode("a bird"), EOS)}
 
 
 @pytest.mark.parametrize(

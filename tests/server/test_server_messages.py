@@ -319,6 +319,8 @@ def test_what_a_message_ignores(server: Live) -> None:
     answer = server.client.post(f"{PATH}?beta=true", json=body, headers=headers)
     assert answer.status_code == 200, answer.text
     assert answer.json()["content"][0]["text"] == TEXT
+    counted = server.client.post(COUNT, json={"messages": USER, **ignored}, headers=headers)
+    assert counted.status_code == 200, counted.text
 
 
 BILLING = "x-anthropic-billing-header: cc_version=2.1.37.0d9; cc_entrypoint=cli; cch={};"
@@ -430,6 +432,7 @@ def one(block: Any, role: str = "user") -> list[Any]:
         ({"tool_choice": {"type": "sometimes"}}, "tool_choice.type"),
         ({"tool_choice": {"type": {}}}, "tool_choice.type"),
         ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": 1.5}}, "tool_choice.disable_parallel_tool_use"),
+        ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": 0}}, "tool_choice.disable_parallel_tool_use"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"thinking": {"type": "sometimes"}}, "thinking.type"),
         ({"thinking": {"type": "enabled"}}, "thinking.type"),
@@ -456,6 +459,24 @@ def test_a_wrong_value_of_a_message_is_named(server: Live, fields: dict[str, Any
     assert message.startswith(place)
     assert server.engine.seen == []
     server.still_serves()
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"thinking": {"type": "adaptive", "display": "some"}}, "thinking.display"),
+        ({"output_config": {"effort": "extreme"}}, "output_config.effort"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"container": "c"}, "container"),
+        ({"mcp_servers": [{"url": "http://x"}]}, "mcp_servers"),
+        ({"model": "claude"}, "There is no model 'claude'"),
+        ({"max_tokens": 5}, "max_tokens"),
+    ],
+)
+def test_what_a_count_refuses(server: Live, fields: dict[str, Any], place: str) -> None:
+    answer = server.client.post(COUNT, json={"messages": USER, **fields})
+    assert answer.status_code == (404 if "model" in fields else 400)
+    assert answer.json()["error"]["message"].startswith(place)
 
 
 def test_every_error_of_a_message_comes_in_the_envelope(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import re
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tern.chat import (
@@ -32,10 +31,9 @@ from tern.server.progress import by_choice
 from tern.server.schemas.chat import ChatRequest
 from tern.server.schemas.completion import CompletionRequest
 from tern.server.schemas.fields import IGNORED, INSTEAD, NEUTRAL, read_fields
-from tern.server.schemas.messages import MessagesRequest, OutputOptions, ThinkingOptions
-from tern.server.schemas.responses import ReasoningOptions, ResponsesRequest, TextOptions
 from tern.server.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from tern.server.sink import ChoiceSink, Ending, Mailbox, PlainText, Update
+from tests.fuzzing import fuzz
 
 DOCS = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -156,7 +154,7 @@ EVENTS = st.one_of(
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.lists(EVENTS, max_size=3)), max_size=12))
-@settings(deadline=None, derandomize=True)
+@fuzz(100)
 def test_grouping_loses_and_reorders_nothing(batches: list[tuple[int, list[Any]]]) -> None:
     grouped = by_choice(Update(index, events) for index, events in batches)
     for index in range(3):
@@ -261,14 +259,14 @@ JSON = st.recursive(
 
 
 @given(st.binary(max_size=60))
-@settings(deadline=None, derandomize=True)
+@fuzz(100)
 def test_any_bytes_are_an_object_or_a_named_refusal(raw: bytes) -> None:
     with contextlib.suppress(InvalidRequestError):
         assert isinstance(parse_json_object(raw), dict)
 
 
 @given(st.dictionaries(st.sampled_from([*ChatRequest.model_fields, *NEUTRAL, *IGNORED]) | st.text(max_size=5), JSON))
-@settings(deadline=None, derandomize=True, max_examples=100)
+@fuzz(100)
 def test_any_fields_are_a_request_or_a_named_refusal(body: dict[str, Any]) -> None:
     for schema in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
         with contextlib.suppress(InvalidRequestError):
@@ -294,20 +292,3 @@ def test_no_field_is_both_served_and_refused() -> None:
     assert not ChatRequest.model_fields.keys() & IGNORED.keys()
     assert not CompletionRequest.model_fields.keys() & IGNORED.keys()
     assert INSTEAD.keys() - NEUTRAL.keys() == {"enable_thinking"}
-
-
-def test_every_field_stands_in_the_documentation() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    documented = set(re.findall(r"`([a-z_]+)`", text))
-    families = (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, TokenizeRequest, DetokenizeRequest)
-    schemas = (*families, TextOptions, ReasoningOptions, ThinkingOptions, OutputOptions)
-    fields = {name for schema in schemas for name in (*schema.model_fields, *schema.ignored, *schema.neutral)}
-    assert (fields | IGNORED.keys() | NEUTRAL.keys()) - documented == set()
-
-
-def test_every_test_that_the_documentation_names_exists() -> None:
-    text = DOCS.read_text(encoding="utf-8")
-    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
-    named = set(re.findall(r"`(test_[a-z_]+)`", text))
-    assert len(named) > 20
-    assert {name for name in named if f"def {name}(" not in sources} == set()

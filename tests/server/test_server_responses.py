@@ -189,6 +189,7 @@ def test_log_probabilities_are_those_of_the_text_alone(server: Live) -> None:
         assert all(len(entry["top_logprobs"]) == 2 for entry in part["logprobs"])
     server.engine.answers.append(GREETING)
     entries = respond(server, include=["message.output_text.logprobs"])["output"][1]["content"][0]["logprobs"]
+    assert entries
     assert all(entry["top_logprobs"] == [] for entry in entries)
     deltas = [event for event in stream(server, top_logprobs=0) if event["type"] == "response.output_text.delta"]
     streamed = b"".join(bytes(entry["bytes"]) for event in deltas for entry in event["logprobs"])
@@ -314,27 +315,11 @@ def test_effort_none_is_no_thought(server: Live) -> None:
     assert prompt(server).endswith("<think>\n\n</think>\n\n<response>\n")
 
 
-def test_sampling_fields_of_a_response_reach_the_engine(server: Live) -> None:
-    fields: dict[str, Any] = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 7,
-        "min_p": 0.1,
-        "frequency_penalty": 0.2,
-        "presence_penalty": -0.3,
-        "repetition_penalty": 1.1,
-        "seed": 42,
-        "min_tokens": 3,
-        "stop": ["x"],
-        "stop_token_ids": [9],
-        "bad_words": ["weather"],
-    }
-    response = respond(server, **fields, logit_bias={"17": -100}, max_output_tokens=50, priority=3)
-    (request,) = server.engine.seen
-    for name, value in fields.items():
-        assert getattr(request.params, name) == (tuple(value) if isinstance(value, list) else value), name
-    assert (request.params.logit_bias, request.params.max_tokens, request.priority) == ({17: -100}, 50, 3)
-    assert (response["temperature"], response["top_p"], response["max_output_tokens"]) == (0.5, 0.9, 50)
+def test_options_of_a_stream_change_no_response(server: Live) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": True}
+    plain, optional = stream(server), stream(server, stream_options=options)
+    assert [set(event) for event in optional] == [set(event) for event in plain]
+    assert optional[-1]["response"]["usage"] == plain[-1]["response"]["usage"]
 
 
 def test_what_a_response_repeats_of_its_request_and_what_it_ignores(server: Live) -> None:
@@ -347,6 +332,7 @@ def test_what_a_response_repeats_of_its_request_and_what_it_ignores(server: Live
         "safety_identifier": "s",
         "client_metadata": {"a": "b"},
         "max_tool_calls": 3,
+        "prompt_cache_options": {"mode": "explicit"},
         "include": ["reasoning.encrypted_content"],
         "truncation": "disabled",
         "background": False,
@@ -356,7 +342,9 @@ def test_what_a_response_repeats_of_its_request_and_what_it_ignores(server: Live
         "text": {"format": {"type": "text"}, "verbosity": "medium"},
         "reasoning": {"context": "auto"},
     }
-    response = respond(server, metadata={"run": "7"}, instructions="Be brief.", **ignored)
+    repeated = {"temperature": 0.5, "top_p": 0.9, "max_output_tokens": 50}
+    response = respond(server, metadata={"run": "7"}, instructions="Be brief.", **repeated, **ignored)
+    assert {name: response[name] for name in repeated} == repeated
     assert (response["metadata"], response["instructions"]) == ({"run": "7"}, "Be brief.")
     assert (response["store"], response["background"], response["truncation"]) == (False, False, "disabled")
     assert response["text"]["format"] == {"type": "text"}
@@ -392,6 +380,7 @@ BAD_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": "banana"}}
         ({"tools": ["x"]}, "tools[0]"),
         ({"tools": [{"type": "web_search"}, {"type": "function", "name": "a b"}]}, "tools[1].name"),
         ({"tools": [{"type": "web_search"}, BAD_SCHEMA]}, "tools[1].parameters.type"),
+        ({"tools": [{**TOOL, "strict": 0.0}]}, "tools[0]"),
         ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice.tools"),
@@ -399,6 +388,7 @@ BAD_SCHEMA = {"type": "function", "name": "f", "parameters": {"type": "banana"}}
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 5000}, "input"),
         ({"max_tokens": 5}, "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n"),
         ({"return_token_ids": True}, "return_token_ids"),
         ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids"),

@@ -63,9 +63,11 @@ def test_tokenize_text_and_back(server: Live) -> None:
 
 
 def test_tokenize_a_chat_gives_what_the_engine_reads(server: Live) -> None:
-    answer = server.client.post("/tokenize", json={"messages": USER, "tools": [WEATHER_TOOL]}).json()
-    server.chat(tools=[WEATHER_TOOL])
-    assert answer["tokens"] == list(server.engine.seen[0].prompt_token_ids)
+    for thinks in (True, False):
+        chat = {"messages": USER, "tools": [WEATHER_TOOL], "chat_template_kwargs": {"enable_thinking": thinks}}
+        answer = server.client.post("/tokenize", json=chat).json()
+        server.chat(**chat)
+        assert answer["tokens"] == list(server.engine.seen[-1].prompt_token_ids)
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,11 @@ def test_a_signal_that_reaches_another_thread_counts(start: Any, tmp_path: Path)
     process.ends_well()
 
 
+def test_what_is_loaded_is_out_of_the_collector_s_sight(start: Any, tmp_path: Path) -> None:
+    start(0)
+    assert int((tmp_path / "frozen").read_text(encoding="utf-8")) > 20_000
+
+
 def not_reached() -> Loaded:
     raise AssertionError("nothing is loaded for a server that cannot listen")
 

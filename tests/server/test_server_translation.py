@@ -6,7 +6,7 @@ import json
 from functools import partial
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tern.chat import ChatProtocol, ContentDelta, ReasoningDelta, ResponseParser, TextStream, ToolCallDelta
@@ -23,6 +23,7 @@ from tern.server.schemas.responses import ResponsesRequest
 from tern.server.sink import Ending, Update
 from tern.server.translation import Conversation, Translation
 from tern.server.volatile_lines import without_volatile_lines
+from tests.fuzzing import fuzz
 
 EVENTS = [
     ReasoningDelta("a"),
@@ -61,7 +62,7 @@ def told(steps: list[Step]) -> list[tuple[str, str]]:
     return found
 
 
-@settings(deadline=None)
+@fuzz(100)
 @given(st.lists(st.integers(1, 4), min_size=10, max_size=10))
 def test_steps_add_up_to_the_parts_however_they_come(sizes: list[int]) -> None:
     reader, rest, steps = PartReader(), [Update(0, [event]) for event in EVENTS], []
@@ -100,7 +101,7 @@ def test_which_part_is_cut(kind: PartKind, reason: FinishReason, inside_call: bo
     assert Part(kind, 0).cut_by(None) is True
 
 
-@settings(deadline=None)
+@fuzz(100)
 @example("i0")  # letters of </think>
 @example("a > b")
 @given(st.text(st.characters(codec="utf-8", exclude_characters="<"), min_size=1).filter(str.strip))

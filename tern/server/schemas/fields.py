@@ -138,7 +138,7 @@ def _first_problem(schema: type[Schema], error: ValidationError) -> InvalidReque
             break
         path = f"{path}.{part}" if path else str(part)
         described = field.description or described
-        model = _schema_of(field.annotation) or Schema
+        model = schema_of(field.annotation) or Schema
     if problem["type"] == "missing":
         return InvalidRequestError(f"{path} is missing: it must be {described}.", param=path, code="missing")
     if problem["type"] == "extra_forbidden":
@@ -149,7 +149,7 @@ def _first_problem(schema: type[Schema], error: ValidationError) -> InvalidReque
     return InvalidRequestError(f"{path} is {short(problem['input'])}: it must be {described}.", param=path)
 
 
-def _schema_of(annotation: Any) -> type[Schema] | None:
+def schema_of(annotation: Any) -> type[Schema] | None:
     """The schema inside `X` or `X | None`, if X is one."""
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
         if isinstance(candidate, type) and issubclass(candidate, Schema):
