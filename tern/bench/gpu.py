@@ -14,6 +14,8 @@ import torch
 from tern.bench.limits import REPEATS, MachineLimits, Sized, Work, measure_machine
 from tern.bench.timer import Timer
 from tern.checkpoint.quantisation import packed_bits, packed_shapes
+from tern.engine import EngineOptions
+from tern.engine.engine import _device
 from tern.errors import OptionError
 from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 from tern.ops import Fp8Weight, RowPackedWeight
@@ -60,6 +62,11 @@ DATA_SHEETS = {
     "H200": GpuLimits("NVIDIA H200 SXM, by its data sheet", 141.0, 4800.0, 989.4, 1978.9),
 }
 """From NVIDIA's data sheets of the H100 and the H200 (SXM): dense products, half of what is printed for sparse ones."""
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that the engine's option of this name chooses. Raises `OptionError` if this machine has none such."""
+    return torch.device(_device(EngineOptions(device=name).device))
 
 
 def measure_device(device: torch.device) -> GpuLimits | MachineLimits:

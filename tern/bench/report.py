@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tern import ops
-from tern.bench.gpu import GpuLimits, measure_device
+from tern.bench.gpu import GpuLimits, chosen_device, measure_device
 from tern.bench.limits import Limits, MachineLimits, Work, step_work
 from tern.bench.overhead import ROOM, SkippingModel, TimedModel, overhead_share, step_seconds
 from tern.bench.setting import Setting
@@ -20,7 +20,6 @@ from tern.bench.timer import Timer
 from tern.checkpoint import ModelSource, load_tensors
 from tern.engine import Engine, EngineOptions
 from tern.engine.cache_size import cache_dtype, free_memory, token_bytes
-from tern.engine.engine import _device
 from tern.errors import OptionError
 from tern.model import Batch, ErnieConfig, KVCache
 
@@ -150,7 +149,7 @@ class Bench:
 
     def prefill(self, tokens: int, depth: int, limits: Limits) -> BenchResult:
         """A prompt of `tokens` after `depth` others: the median of three runs, or the only one of a long prompt."""
-        chunks = [(start, min(self.chunk, tokens - start)) for start in range(0, tokens, self.chunk)]
+        chunks = prompt_chunks(tokens, self.chunk)
         for count in {count for _, count in chunks}:  # kernels for a size may be compiled when it is first met
             self.seconds(1, count, depth)
         runs = 3 if len(chunks) == 1 else 1
@@ -171,6 +170,11 @@ class Bench:
         taken = statistics.median([self.seconds(sequences, 1, depth) for _ in range(DECODE_STEPS)])
         overhead = overhead_share(self.engine, self.timed, sequences, depth)
         return BenchResult("decode", 1, sequences, depth, sequences / taken, least / taken, overhead)
+
+
+def prompt_chunks(tokens: int, most: int) -> list[tuple[int, int]]:
+    """The steps of at most `most` tokens that read a prompt of `tokens`: where each begins, and how many it reads."""
+    return [(start, min(most, tokens - start)) for start in range(0, tokens, most)]
 
 
 def run_bench(
@@ -199,7 +203,7 @@ def run_bench(
             f"A context of {longest} tokens is asked for, but the model has {source.config.max_position_embeddings} "
             "positions: lower --depth or --prefill."
         )
-    place = torch.device(_device(EngineOptions(device=device).device))
+    place = chosen_device(device)
     limits, timer = measure_device(place), Timer(place)
     started = timer.now()
     tensors = load_tensors(source, device=place, quantization=quantization, progress=progress)
