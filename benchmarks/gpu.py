@@ -29,7 +29,7 @@ from benchmarks.gpu_steps import Profile, Timed, time_row
 from benchmarks.gpu_transformers import seconds_per_token
 from tern import ops
 from tern.bench import GpuLimits, Limits, MachineLimits, Setting, measure_device
-from tern.bench.gpu import DATA_SHEETS, chosen_device, weight_sizes
+from tern.bench.gpu import DATA_SHEETS, take_device, weight_sizes
 from tern.checkpoint import ModelSource, load_tensors, resolve_model
 from tern.engine import EngineOptions
 from tern.errors import OptionError, TernError
@@ -210,8 +210,8 @@ def _failure(error: Exception) -> str:
 
 def _free(device: torch.device) -> None:
     """Give back what the row before has held."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -254,7 +254,7 @@ def run(wanted: argparse.Namespace, command: Sequence[str]) -> None:
     if wanted.limits is not None:
         print_limits(rows, source, DATA_SHEETS[wanted.limits])
         return
-    device = chosen_device(wanted.device)
+    device = take_device(wanted.device)
     limits: GpuLimits | MachineLimits = measure_device(device)
     setting = Setting.now(command, limits.name if isinstance(limits, GpuLimits) else None)
     print(f"{setting.machine}, {setting.date}\n{limits.words}", flush=True)

@@ -64,9 +64,15 @@ DATA_SHEETS = {
 """From NVIDIA's data sheets of the H100 and the H200 (SXM): dense products, half of what is printed for sparse ones."""
 
 
-def chosen_device(name: str) -> torch.device:
-    """The device that the engine's option of this name chooses. Raises `OptionError` if this machine has none such."""
-    return torch.device(_device(EngineOptions(device=name).device))
+def take_device(name: str) -> torch.device:
+    """The device that the engine's option of this name chooses; if it is one of several GPUs, kernels go there now.
+
+    Raises `OptionError` if this machine has none such.
+    """
+    device = torch.device(_device(EngineOptions(device=name).device))
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    return device
 
 
 def measure_device(device: torch.device) -> GpuLimits | MachineLimits:
@@ -92,6 +98,9 @@ def measure_gpu(device: torch.device) -> GpuLimits:
             f"{device} has {free:.1f} GB free, and measuring its limits takes {2 * COPY_BYTES / 1e9:.1f}: "
             "end what else uses the GPU, or choose another with --device."
         ) from None
+    finally:
+        torch.cuda.empty_cache()  # else what the copies took would not count as free
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def copy_rate(device: torch.device, size: int) -> float:

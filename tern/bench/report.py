@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tern import ops
-from tern.bench.gpu import GpuLimits, chosen_device, measure_device
+from tern.bench.gpu import GpuLimits, measure_device, take_device
 from tern.bench.limits import Limits, MachineLimits, Work, step_work
 from tern.bench.overhead import ROOM, SkippingModel, TimedModel, overhead_share, step_seconds
 from tern.bench.setting import Setting
@@ -203,7 +203,7 @@ def run_bench(
             f"A context of {longest} tokens is asked for, but the model has {source.config.max_position_embeddings} "
             "positions: lower --depth or --prefill."
         )
-    place = chosen_device(device)
+    place = take_device(device)
     limits, timer = measure_device(place), Timer(place)
     started = timer.now()
     tensors = load_tensors(source, device=place, quantization=quantization, progress=progress)
