@@ -30,6 +30,7 @@ from benchmarks.gpu_transformers import seconds_per_token
 from tern import ops
 from tern.bench import GpuLimits, Limits, MachineLimits, Setting, measure_device
 from tern.bench.gpu import DATA_SHEETS, take_device, weight_sizes
+from tern.bench.overhead import ROOM
 from tern.checkpoint import ModelSource, load_tensors, resolve_model
 from tern.engine import EngineOptions
 from tern.errors import OptionError, TernError
@@ -230,7 +231,7 @@ def _arguments() -> argparse.ArgumentParser:
     made.add_argument("--batches", type=numbers, default=[32, 256], help="sequences that decode together")
     made.add_argument("--batch-depth", type=int, default=1024, help="tokens that each of them holds")
     made.add_argument("--prefill", type=int, default=8192, help="tokens of a prompt")
-    made.add_argument("--context", type=int, default=131072, help="tokens of the long sequence")
+    made.add_argument("--context", type=int, help="tokens of the long sequence; default: the model's positions")
     made.add_argument("--only", default="", metavar="TEXT", help="only rows whose label has this in it")
     made.add_argument("--budget-seconds", type=float, default=540.0, help="begin no row that would end later")
     made.add_argument("--limits", choices=DATA_SHEETS, help="print the limits by this card's data sheet, and end")
@@ -245,12 +246,25 @@ def print_limits(rows: Sequence[Row], source: ModelSource, limits: GpuLimits) ->
         print(f"{one.label:52} {one.figure:10.2f} {one.unit:8} by {one.bound}")
 
 
+def planned_rows(wanted: argparse.Namespace, source: ModelSource) -> list[Row]:
+    """The rows that the arguments describe. Raises `OptionError` for lengths that the model does not have."""
+    positions = source.config.max_position_embeddings
+    lengths = {"batch_depth": wanted.batch_depth, "prefill": wanted.prefill, "context": wanted.context or positions}
+    for name, length in lengths.items():
+        most = positions - ROOM if name == "batch_depth" else positions
+        if not 1 <= length <= most:
+            raise OptionError(
+                f"--{name.replace('_', '-')} is {length}, but {source.name} has {positions} positions: "
+                f"give a number from 1 to {most}."
+            )
+    return plan(batches=wanted.batches, **lengths)
+
+
 def run(wanted: argparse.Namespace, command: Sequence[str]) -> None:
     """Do what the arguments say. Raises `TernError` for what cannot be."""
     budget = Budget(wanted.budget_seconds)
-    rows = plan(batches=wanted.batches, batch_depth=wanted.batch_depth, prefill=wanted.prefill, context=wanted.context)
-    rows = [row for row in rows if wanted.only in row.label]
     source = resolve_model(wanted.model)
+    rows = [row for row in planned_rows(wanted, source) if wanted.only in row.label]
     if wanted.limits is not None:
         print_limits(rows, source, DATA_SHEETS[wanted.limits])
         return

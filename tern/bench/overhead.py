@@ -25,8 +25,10 @@ ROOM = 32
 
 
 class SkippingModel(ErnieModel):
-    """The network; while `skips_prompts`, a step with more than one token of a sequence is answered by zeros and leaves
+    """The network; while `skips_prompts`, a step with more than one token of a sequence is answered by noise and leaves
     the cache as it is: a cache full of random keys and values need not be filled again.
+
+    Each row's noise is another, so that sequences go on with different tokens, which choose different experts.
     """
 
     seconds = 0.0
@@ -35,8 +37,14 @@ class SkippingModel(ErnieModel):
     def hidden(self, batch: Batch, kv: KVCache) -> Tensor:
         """As `ErnieModel.hidden`."""
         if self.skips_prompts and batch.max_query_len > 1:
-            return self.embedding.new_zeros(1, self.config.hidden_size).expand(len(batch.token_ids), -1)
+            return self._noise(len(batch.token_ids))
         return super().hidden(batch, kv)
+
+    def _noise(self, rows: int) -> Tensor:
+        """[rows, hidden_size]: each row is the one before it moved on by one number, so many take little memory."""
+        width = self.config.hidden_size
+        numbers = torch.randn(rows + width - 1, generator=torch.Generator().manual_seed(3))
+        return numbers.to(self.embedding).unfold(0, width, 1)
 
 
 class TimedModel(SkippingModel):
@@ -91,7 +99,7 @@ def overhead_share(engine: Engine, model: TimedModel, sequences: int, depth: int
 def step_seconds(engine: Engine, model: SkippingModel, sequences: int, depth: int) -> float:
     """The median decode step of `sequences` that hold `depth` tokens each, from one return of the engine to the next.
 
-    A step that is queued beside the one before it so counts once.
+    A step that is queued beside the one before it so counts once. Where the model ends, `ROOM` tokens are left.
     """
     with decoding(engine, model, sequences, depth) as step:
         return statistics.median([step().seconds for _ in range(TIMED_STEPS)])

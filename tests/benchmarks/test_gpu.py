@@ -196,6 +196,15 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "device is 'cuda'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", [["--prefill", "9000"], ["--context", "8193"], ["--batch-depth", "8161"]])
+def test_lengths_beyond_the_model(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([*SMALL, *wrong])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{wrong[0]} is {wrong[1]}, but dummy:tiny has 8192 positions: give a number from 1 to")
+
+
 def test_a_profiler_that_fails_loses_only_the_profile(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(**_: object) -> None:
         raise RuntimeError("CUPTI is missing")
