@@ -1,6 +1,6 @@
 """A GPU's limits, measured or from a data sheet, and the sizes of weights on it before there are any. Runs no network.
 
-What a copy moves, read and written bytes together, stands for what kernels can read: reading alone is hardly faster.
+What a copy moves, read and written bytes together, stands for what kernels can read at most.
 """
 
 from __future__ import annotations

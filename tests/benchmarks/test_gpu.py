@@ -62,6 +62,22 @@ def test_the_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "decode 2 sequences at depth 16, bf16: a step of" in said
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_the_program_on_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    gpu.main([*SMALL, "--device", "cuda", "--context", "128", "--json", str(out)])
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["setting"]["gpu"] == torch.cuda.get_device_name()
+    assert found["limits"]["copy_gb_s"] > 100
+    for row in found["rows"]:
+        assert row["figure"] is not None or row["note"]
+        assert row["figure"] is not None or ", bf16" not in row["label"] or "fp8" in row["label"], row
+    plain = next(profile for profile in found["profiles"] if profile["label"] == "decode 1 sequence at depth 0, bf16")
+    assert plain["kernels"]
+    assert plain["busy_ms"] > 0
+
+
 def test_rows_stand_by_importance_and_precisions_together(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = plan(**WHOLE)
     assert [row.label for row in rows[:3]] == [
