@@ -205,8 +205,8 @@ def _fill_transformers(
 
 
 def _failure(error: Exception) -> str:
-    """A failed row's note."""
-    return str(error) if isinstance(error, TernError) else f"failed: {type(error).__name__}: {error}"
+    """A row's note, by what its measuring raised: what cannot be here, or what went wrong."""
+    return f"skipped: {error}" if isinstance(error, TernError) else f"failed: {type(error).__name__}: {error}"
 
 
 def _free(device: torch.device) -> None:
