@@ -90,10 +90,10 @@ class Budget:
 
 
 class Table:
-    """The rows as they are measured: `report` is called after each."""
+    """The rows as they are measured, with profiles if `profiled`: `report` is called after each."""
 
-    def __init__(self, rows: Sequence[Row], report: Callable[[Measured], None]) -> None:
-        self.rows, self.report = rows, report
+    def __init__(self, rows: Sequence[Row], report: Callable[[Measured], None], *, profiled: bool = True) -> None:
+        self.rows, self.report, self.profiled = rows, report, profiled
         self.measured: dict[Row, Measured] = {}
         self.profiles: dict[Row, Profile] = {}
 
@@ -178,7 +178,7 @@ def _fill_row(
         table.note(row, refusal)
         return
     try:
-        table.figure(row, time_row(row, source.config, tensors, limits))
+        table.figure(row, time_row(row, source.config, tensors, limits, profiled=table.profiled))
     except Exception as error:  # of whatever kind: the other rows may still work
         table.note(row, _failure(error))
     _free(device)
@@ -234,6 +234,7 @@ def _arguments() -> argparse.ArgumentParser:
     made.add_argument("--context", type=int, help="tokens of the long sequence; default: the model's positions")
     made.add_argument("--only", default="", metavar="TEXT", help="only rows whose label has this in it")
     made.add_argument("--budget-seconds", type=float, default=540.0, help="begin no row that would end later")
+    made.add_argument("--no-profiles", action="store_true", help="only the figures")
     made.add_argument("--limits", choices=DATA_SHEETS, help="print the limits by this card's data sheet, and end")
     made.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     return made
@@ -279,7 +280,7 @@ def run(wanted: argparse.Namespace, command: Sequence[str]) -> None:
             figures = {"setting": asdict(setting), "limits": asdict(limits), **table.as_json()}
             wanted.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
-    table = Table(rows, report)
+    table = Table(rows, report, profiled=not wanted.no_profiles)
     measure(source, device, limits, table, budget)
     print("\nIn order of importance:")
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Profile:
 class Timed:
     """A row's figure, the limit for it that was measured on the same device, and its profile, None if it has none.
 
-    `no_profile` says why there is none.
+    `no_profile` says why there is none where one was wanted.
     """
 
     figure: float
@@ -56,8 +57,10 @@ class Timed:
     no_profile: str | None = None
 
 
-def time_row(row: Row, config: ErnieConfig, tensors: Mapping[str, ops.Weight], limits: Limits) -> Timed:
-    """Time one row over a cache of its own, and profile some of its steps.
+def time_row(
+    row: Row, config: ErnieConfig, tensors: Mapping[str, ops.Weight], limits: Limits, *, profiled: bool = True
+) -> Timed:
+    """Time one row over a cache of its own, and then, if it is to be `profiled`, some of its steps by kernels.
 
     Whatever an engine, a kernel or an allocator raises goes through; a profiler that fails loses only the profile.
     """
@@ -69,7 +72,7 @@ def time_row(row: Row, config: ErnieConfig, tensors: Mapping[str, ops.Weight], l
         result = bench.prefill(row.tokens, row.depth, limits)
     seconds = result.sequences * result.tokens / result.tokens_per_s
     figure, limit = row.figure(seconds), row.figure(seconds * result.limit_share)
-    if row.kind == "first token":
+    if row.kind == "first token" or not profiled:
         return Timed(figure, limit)
     try:
         return Timed(figure, limit, _profile(row, bench, seconds))
@@ -79,6 +82,8 @@ def time_row(row: Row, config: ErnieConfig, tensors: Mapping[str, ops.Weight], l
 
 def _profile(row: Row, bench: Bench, seconds: float) -> Profile:
     """Where the time of a step goes that takes so many seconds without a profiler."""
+    # CUPTI that is taken down and started again beside CUDA graphs crashes with CUDA before 12.6.
+    os.environ.update(TEARDOWN_CUPTI="0", DISABLE_CUPTI_LAZY_REINIT="1")
     with _steps(row, bench) as step:
         step()
         on_gpu = bench.device.type == "cuda"

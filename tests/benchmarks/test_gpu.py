@@ -28,6 +28,8 @@ WHOLE = {"batches": [32, 256], "batch_depth": 1024, "prefill": 8192, "context": 
 
 @pytest.fixture(autouse=True)
 def _known_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TEARDOWN_CUPTI", "DISABLE_CUPTI_LAZY_REINIT"):  # what is set is unset again
+        monkeypatch.setenv(name, "")
     monkeypatch.setattr("tern.bench.gpu.measure_machine", lambda: SLOW)
 
 
@@ -96,7 +98,7 @@ def test_rows_stand_by_importance_and_precisions_together(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(gpu, "load_tensors", load)
     monkeypatch.setattr(gpu, "EngineOptions", lambda **_: None)
-    monkeypatch.setattr(gpu, "time_row", lambda row, *_: timed.append(row) or Timed(1.0, 2.0))
+    monkeypatch.setattr(gpu, "time_row", lambda row, *_, **__: timed.append(row) or Timed(1.0, 2.0))
     monkeypatch.setattr(gpu, "seconds_per_token", lambda *_: 1.0)
     table = Table(rows, lambda _: None)
     measure(SOURCE, CPU, CARD, table, Budget(600.0))
@@ -108,7 +110,7 @@ def test_rows_stand_by_importance_and_precisions_together(monkeypatch: pytest.Mo
 def test_a_row_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = plan(batches=[2], batch_depth=16, prefill=32, context=128)
 
-    def fails_once(row: Row, *_: object) -> Timed:
+    def fails_once(row: Row, *_: object, **__: object) -> Timed:
         if row.kind == "prefill":
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return Timed(1.0, 2.0)
@@ -144,7 +146,7 @@ def test_what_does_not_fit_the_budget_is_not_begun(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("benchmarks.gpu.time.monotonic", lambda: now)
     rows = [Row("decode"), Row("decode", depth=5), Row("prefill", tokens=9), Row("decode", engine="transformers")]
 
-    def minutes(*_: object) -> Timed:
+    def minutes(*_: object, **__: object) -> Timed:
         nonlocal now
         now += 60.0
         return Timed(1.0, 2.0)
@@ -231,6 +233,9 @@ def test_a_profiler_that_fails_loses_only_the_profile(monkeypatch: pytest.Monkey
     timed = time_row(Row("decode", "wint4", depth=8), SOURCE.config, tensors, SLOW)
     assert timed.figure > 0
     assert (timed.profile, timed.no_profile) == (None, "RuntimeError: CUPTI is missing")
+    timed = time_row(Row("decode", "wint4", depth=8), SOURCE.config, tensors, SLOW, profiled=False)
+    assert timed.figure > 0
+    assert (timed.profile, timed.no_profile) == (None, None)
 
 
 def test_transformers_decodes_the_same_network() -> None:
