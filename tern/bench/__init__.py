@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tern.bench.doctor import Diagnosis, diagnose
-    from tern.bench.limits import MachineLimits, Work, measure_machine, step_work
+    from tern.bench.gpu import GpuLimits, measure_device
+    from tern.bench.limits import Limits, MachineLimits, Work, measure_machine, step_work
     from tern.bench.report import BenchReport, BenchResult, run_bench
     from tern.bench.setting import Setting
 
@@ -22,10 +23,13 @@ __all__ = [
     "BenchReport",
     "BenchResult",
     "Diagnosis",
+    "GpuLimits",
+    "Limits",
     "MachineLimits",
     "Setting",
     "Work",
     "diagnose",
+    "measure_device",
     "measure_machine",
     "run_bench",
     "step_work",
@@ -35,10 +39,13 @@ _HOMES = {
     "BenchReport": "report",
     "BenchResult": "report",
     "Diagnosis": "doctor",
+    "GpuLimits": "gpu",
+    "Limits": "limits",
     "MachineLimits": "limits",
     "Setting": "setting",
     "Work": "limits",
     "diagnose": "doctor",
+    "measure_device": "gpu",
     "measure_machine": "limits",
     "run_bench": "report",
     "step_work": "limits",

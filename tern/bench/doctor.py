@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +25,8 @@ from tern.ops import cpu
 
 PORTS = (8000, 8180)
 """Where `tern serve` and `make serve` listen unless told otherwise."""
+LEAST_CAPABILITY = (8, 0)
+"""The first that computes in bfloat16."""
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "fastapi", "triton")
 
 
@@ -40,6 +44,7 @@ class Gpu:
 class MachineReport:
     """`isa`: the kernels that will run, of the `available` ones; `flags`: what the processor has of what they need.
 
+    `gpu_problems`: sentences on what keeps a card from being used, or from being used well.
     Sizes in 10^9 bytes: `memory_limit_gb` is the control group's, None without one; `free_gb` lies within it;
     `disk_free_gb` is free in `downloads`, where models of a hub go. `free_ports`: those of `PORTS` nobody listens on.
     `versions`: of Python, Tern and the packages that matter, those that are installed.
@@ -52,6 +57,7 @@ class MachineReport:
     available: list[str]
     flags: list[str]
     gpus: list[Gpu]
+    gpu_problems: list[str]
     memory_gb: float
     memory_limit_gb: float | None
     free_gb: float
@@ -125,6 +131,7 @@ def describe_machine() -> MachineReport:
     """What this machine has, what of it is free, and which kernels run on it."""
     kernels = cpu.machine()
     downloads, limit = Path(constants.HF_HUB_CACHE), hardware.memory_limit()
+    gpus, versions = _gpus(), _versions()
     return MachineReport(
         processor=hardware.processor_name(),
         processors=cpu.usable_processors(),
@@ -132,27 +139,65 @@ def describe_machine() -> MachineReport:
         isa=kernels.name,
         available=[found.name for found in cpu.instruction_sets() if found.available],
         flags=hardware.processor_flags(),
-        gpus=_gpus(),
+        gpus=gpus,
+        gpu_problems=_gpu_problems(gpus, versions),
         memory_gb=hardware.memory_bytes() / 1e9,
         memory_limit_gb=None if limit is None else limit / 1e9,
         free_gb=free_memory(torch.device("cpu")) / 1e9,
         downloads=str(downloads),
         disk_free_gb=hardware.disk_free(downloads) / 1e9,
         free_ports=[port for port in PORTS if hardware.port_is_free(port)],
-        versions={"python": platform.python_version(), "tern": __version__, **_versions()},
+        versions={"python": platform.python_version(), "tern": __version__, **versions},
     )
 
 
 def _gpus() -> list[Gpu]:
     """The cards that torch can use, in its order."""
-    if not torch.cuda.is_available():
-        return []
     found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch warns of is said by _why_none
+        if not torch.cuda.is_available():
+            return []
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         free, total = torch.cuda.mem_get_info(number)
         found.append(Gpu(properties.name, f"{properties.major}.{properties.minor}", total / 1e9, free / 1e9))
     return found
+
+
+def _gpu_problems(gpus: list[Gpu], versions: dict[str, str]) -> list[str]:
+    """What is wrong with the cards that torch can use, or why it finds none."""
+    if not gpus:
+        why = _why_none()
+        return [] if why is None else [why]
+    least = ".".join(map(str, LEAST_CAPABILITY))
+    problems = [
+        f"{gpu.name} has compute capability {gpu.capability}, but bfloat16 needs {least}: use --device cpu."
+        for gpu in gpus
+        if tuple(map(int, gpu.capability.split("."))) < LEAST_CAPABILITY
+    ]
+    if "triton" not in versions:
+        problems.append("Triton, which the GPU's kernels need, is not installed: pip install 'tern-llm[gpu]'.")
+    return problems
+
+
+def _why_none() -> str | None:
+    """Why torch finds no card though NVIDIA's driver is installed; None where it is not."""
+    driver = hardware.nvidia_driver()
+    if driver is None:
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"NVIDIA's driver is installed (version {driver}), but torch {torch.__version__} is built without CUDA: "
+            "install a torch for CUDA (pytorch.org/get-started says how), and pip install 'tern-llm[gpu]'."
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES is {hidden!r}, which hides every card: unset it."
+    return (
+        f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, but finds no card beside NVIDIA's driver "
+        f"(version {driver}): the driver may be too old for that CUDA, or a container may not have been given the card."
+    )
 
 
 def _versions() -> dict[str, str]:

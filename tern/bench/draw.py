@@ -125,9 +125,7 @@ def page(
     figure.text(0.01, 0.965, _one_line(title[:120]), fontsize=13, fontweight="bold", va="top")
     figure.text(0.01, 0.905, _one_line(subtitle), color="#555555", va="top")
     command = textwrap.shorten(setting.command, 190, placeholder=" ...")
-    machine = (
-        f"measured {measured} {setting.processor}, {setting.memory_gb:.0f} GB   tern {setting.tern}   {setting.date}"
-    )
+    machine = f"measured {measured} {setting.machine}   tern {setting.tern}   {setting.date}"
     figure.text(0.01, 0.065, _one_line(machine), fontsize=8, color="#555555", va="top")
     figure.text(0.01, 0.03, _one_line(command), fontsize=8, color="#555555", va="top")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])

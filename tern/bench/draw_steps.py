@@ -23,11 +23,7 @@ def steps_figure(report: BenchReport) -> Figure:
     prefill = [result for result in report.results if result.kind == "prefill"]
     wanted = [results for results in (decode, decode, prefill) if results]
     precision = report.quantization or "weights as stored"
-    limits = report.machine
-    subtitle = (
-        f"{precision}; {limits.isa}, {limits.threads} threads, reads {limits.read_gb_s:.1f} GB/s, "
-        f"{limits.int8_tops:.2f} int8 TOPS. Dashed, and in brackets as a share: the machine's limit."
-    )
+    subtitle = f"{precision}; {report.machine.words}. Dashed, and in brackets as a share: the machine's limit."
     figure, panels = page(f"{report.model}: speed of its steps", subtitle, report.setting, max(1, len(wanted)))
     if decode:
         _panel(panels[0], decode, x=_depth, line=_sequences, line_name=_together)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -12,6 +13,7 @@ CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "a
 """What kernels for x86 are chosen by, as /proc/cpuinfo spells it."""
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CPUINFO = Path("/proc/cpuinfo")
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def processor_name() -> str:
@@ -37,6 +39,16 @@ def memory_limit() -> int | None:
     except OSError:
         return None
     return int(limit) if limit.isdigit() else None
+
+
+def nvidia_driver() -> str | None:
+    """The version of NVIDIA's driver, "unknown" if it only shows by its tool, None without one."""
+    try:
+        text = _NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "unknown" if shutil.which("nvidia-smi") else None
+    found = re.search(r"\d+\.\d+(\.\d+)*", text)
+    return found[0] if found else "unknown"
 
 
 def disk_free(path: Path) -> int:

@@ -16,7 +16,10 @@ SECRET_FLAGS = ("--api-key",)
 
 @dataclass(frozen=True)
 class Setting:
-    """`command` as it can be typed again; `date` to the minute, UTC; `memory_gb`: 10^9 bytes of the whole machine."""
+    """`command` as it can be typed again; `date` to the minute, UTC; `memory_gb`: 10^9 bytes of the whole machine.
+
+    `gpu`: the name of the card that was measured; None where the processor was.
+    """
 
     command: str
     date: str
@@ -24,13 +27,20 @@ class Setting:
     memory_gb: float
     tern: str
     python: str
+    gpu: str | None = None
+
+    @property
+    def machine(self) -> str:
+        """What was measured, and the machine that it stands in."""
+        around = f"{self.processor}, {self.memory_gb:.0f} GB"
+        return around if self.gpu is None else f"{self.gpu} in a machine with {around}"
 
     @classmethod
-    def now(cls, command: Sequence[str]) -> Setting:
+    def now(cls, command: Sequence[str], gpu: str | None = None) -> Setting:
         """This machine at this moment, and the command with its arguments; keys are left out of it."""
         date = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
         typed = shlex.join(_without_secrets(command))
-        return cls(typed, date, processor_name(), memory_bytes() / 1e9, __version__, platform.python_version())
+        return cls(typed, date, processor_name(), memory_bytes() / 1e9, __version__, platform.python_version(), gpu)
 
 
 def _without_secrets(arguments: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 2**20
 MOST_SEQUENCES = 4096
-STEP_FLAGS = ("quantization", "kv_cache_dtype", "prefill", "decode", "depth", "revision")
+STEP_FLAGS = ("quantization", "kv_cache_dtype", "prefill", "decode", "depth", "device", "revision")
 LOAD_FLAGS = ("rates", "requests", "prompt_tokens", "output_tokens", "concurrency", "endpoint", "api_key", "seed")
 
 
@@ -31,6 +31,7 @@ def bench(
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "512",
     decode: Annotated[str, typer.Option(help="Numbers of sequences that decode together.")] = "1",
     depth: Annotated[str, typer.Option(help="Tokens that are in the cache already.")] = "0",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
     url: Annotated[str | None, typer.Option(help="Load this OpenAI-compatible server instead.")] = None,
     rates: Annotated[str, typer.Option(help="Requests arriving a second; inf: all at once.")] = "inf",
@@ -82,6 +83,7 @@ def bench(
         prefill=lengths,
         decode=sequences,
         depths=depths,
+        device=device,
         command=command,
         on_result=(lambda _: None) if as_json else _print,
     )
@@ -106,10 +108,9 @@ def _print_report(report: BenchReport, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.as_json()))
         return
-    limits = report.machine
+    gpu = "" if report.peak_gpu_gb is None else f" and {report.peak_gpu_gb:.1f} of the GPU's"
     typer.echo(
-        f"{limits.isa}, {limits.threads} threads: reads {limits.read_gb_s:.1f} GB/s, {limits.int8_tops:.2f} int8 TOPS; "
-        f"loaded in {report.load_s:.1f} s, at most {report.peak_rss_gb:.1f} GB of memory."
+        f"{report.machine.words}; loaded in {report.load_s:.1f} s, at most {report.peak_rss_gb:.1f} GB of memory{gpu}."
     )
 
 

@@ -46,6 +46,8 @@ def _print_machine(machine: MachineReport) -> None:
         typer.echo(f"GPU        {gpu.name}, compute capability {gpu.capability}, {memory}")
     if not machine.gpus:
         typer.echo("GPU        none that torch can use")
+    for problem in machine.gpu_problems:
+        typer.echo(f"           {problem}")
     limit = "" if machine.memory_limit_gb is None else f", this control group may use {machine.memory_limit_gb:.1f}"
     typer.echo(f"memory     {machine.free_gb:.1f} GB free of {machine.memory_gb:.1f}{limit}")
     typer.echo(f"disk       {machine.disk_free_gb:.1f} GB free for downloads, {machine.downloads}")

@@ -13,7 +13,7 @@ import torch
 
 from tern.bench import MachineLimits, measure_machine, run_bench, step_work
 from tern.bench.limits import Work
-from tern.bench.overhead import ROOM, overhead_share
+from tern.bench.overhead import ROOM, decoding, overhead_share
 from tern.bench.report import Bench
 from tern.checkpoint import PRESETS, load_tensors, resolve_model
 from tern.cli import main
@@ -123,6 +123,18 @@ def test_a_step_in_the_engine_is_timed_at_the_same_depth(depth: int, monkeypatch
     assert len(rows) >= 18
     assert not bench.engine.has_work
     bench.engine.check_integrity()
+
+
+def test_sequences_whose_prompts_were_skipped_go_on_differently() -> None:
+    """Or all would choose the same experts, and a step of many would read too few."""
+    source = resolve_model("dummy:tiny")
+    bench = Bench(source.config, load_tensors(source, quantization="wint4"), 8 * (40 + 17), 8)
+    with decoding(bench.engine, bench.model, 8, 40) as step:
+        before = [list(sequence.token_ids) for sequence in bench.engine.sequences.values()]
+        step()
+        after = [list(sequence.token_ids) for sequence in bench.engine.sequences.values()]
+    assert len({tokens[40] for tokens in before}) == len({tokens[-1] for tokens in after}) == 8
+    assert [len(tokens) for tokens in after] == [len(tokens) + 1 for tokens in before]
 
 
 def test_the_engine_s_share_is_what_its_model_did_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

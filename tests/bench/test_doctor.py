@@ -159,6 +159,74 @@ def test_a_card_has_its_own_precisions_and_can_share(
     assert found.residence.startswith("The weights take 43.7 GB")
 
 
+def test_an_old_card_and_a_missing_triton_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["Tesla T4", "NVIDIA A100"]
+    cards = [SimpleNamespace(name=name, major=7 + place, minor=5 - 5 * place) for place, name in enumerate(names)]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", cards.__getitem__)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (15_000_000_000, 16_000_000_000))
+    monkeypatch.setattr(doctor_module, "PACKAGES", ("torch", "no-such-triton"))
+    problems = diagnose(None).machine.gpu_problems
+    assert len(problems) == 2
+    assert problems[0].startswith("Tesla T4 has compute capability 7.5, but bfloat16 needs 8.0")
+    assert "pip install 'tern-llm[gpu]'" in problems[1]
+    assert tern("doctor") == 0
+    assert f"           {problems[0]}\n" in capsys.readouterr().out
+    monkeypatch.setattr(doctor_module, "_versions", lambda: {"triton": "3.9"})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: cards[1])
+    assert diagnose(None).machine.gpu_problems == []
+
+
+@pytest.mark.parametrize(
+    ("text", "smi", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5\nGCC version: 12.3.0\n",
+            None,
+            "550.54.15",
+        ),
+        ("something else", None, "unknown"),
+        (None, "/usr/bin/nvidia-smi", "unknown"),
+        (None, None, None),
+    ],
+)
+def test_the_driver_s_version(
+    text: str | None, smi: str | None, version: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "version"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(hardware, "_NVIDIA_DRIVER", file)
+    monkeypatch.setattr("shutil.which", lambda _: smi)
+    assert hardware.nvidia_driver() == version
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "visible", "said"),
+    [
+        (None, None, None, None),
+        ("550.54", None, None, "NVIDIA's driver is installed (version 550.54), but torch"),
+        ("550.54", "13.0", "", "CUDA_VISIBLE_DEVICES is '', which hides every card"),
+        ("550.54", "13.0", None, "built for CUDA 13.0, but finds no card beside NVIDIA's driver (version 550.54)"),
+    ],
+)
+def test_why_a_card_is_not_found(
+    driver: str | None, cuda: str | None, visible: str | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(hardware, "nvidia_driver", lambda: driver)
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    problems = diagnose(None).machine.gpu_problems
+    assert len(problems) == (said is not None)
+    assert said is None or said in problems[0]
+
+
 def test_a_directory_is_advised_as_it_can_be_found(tmp_path: Path) -> None:
     folder = tmp_path / "my 模型"
     folder.mkdir()

@@ -113,7 +113,7 @@ def test_checking_leaves_nothing_behind_and_spoils_nothing(tmp_path: Path) -> No
 
 
 def test_the_command_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("tern.bench.report.measure_machine", lambda: LIMITS)
+    monkeypatch.setattr("tern.bench.report.measure_device", lambda _: LIMITS)
     flags = ["--model", "dummy:tiny", "--quantization", "wint4", "--prefill", "", "--decode", "1"]
     with pytest.raises(SystemExit) as ended:
         main(["bench", *flags, "--report", str(tmp_path / "pictures")])

@@ -94,7 +94,7 @@ def test_tern_is_timed_by_its_own_commands(monkeypatch: pytest.MonkeyPatch, caps
         return capsys.readouterr().out
 
     monkeypatch.setattr(comparison, "run", in_this_process)
-    monkeypatch.setattr("tern.bench.report.measure_machine", lambda: MachineLimits("none", 1, 10.0, 1.0))
+    monkeypatch.setattr("tern.bench.report.measure_device", lambda _: MachineLimits("none", 1, 10.0, 1.0))
     wanted = Wanted(prefill=[8], depths=[0, 4], sequences=[2], batch_depth=3, start=True)
     figures = Tern("dummy:tiny", ["--quantization", "wint4"], wanted).measure()
     assert list(figures) == [
