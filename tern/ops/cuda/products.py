@@ -356,10 +356,11 @@ def _weights(
             factor = _tile(factors, row, pitch // 16, k // 32, BLOCK_K // 32, EVEN_K)
         integers = tl.interleave((packed & 15).to(tl.int8) - 8, (packed >> 4).to(tl.int8) - 8)
         grouped = tl.reshape(integers.to(wide), (BLOCK_N, BLOCK_K // 32, 32)) * factor.to(wide)[:, :, None]
-        return tl.reshape(grouped, (BLOCK_N, BLOCK_K)).to(DTYPE)
-    tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K)
-    if KIND == "int8":
-        return tile.to(wide).to(DTYPE)
+        tile = tl.reshape(grouped, (BLOCK_N, BLOCK_K)).to(DTYPE)
+    elif KIND == "int8":
+        tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K).to(wide).to(DTYPE)
+    else:
+        tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K)
     return tile
 
 
@@ -369,8 +370,10 @@ def _tile(values, row, pitch, first, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
     place = first + tl.arange(0, WIDTH)
     at = values + row[:, None] * pitch + place[None, :]
     if EVEN_K:
-        return tl.load(at)
-    return tl.load(at, mask=(place < pitch)[None, :], other=0.0)
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(place < pitch)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit

@@ -96,21 +96,22 @@ def usual_sums(shape: Shape) -> Sums:
 
 
 def usual_tile(shape: Shape, sums: Sums, block_t: int) -> Tile:
-    """For a shape that was not timed: the widest tile that leaves room for two programs, then as many stages as fit.
+    """For a shape that was not timed: the widest tile that fits, and as many stages.
+
+    Of few rows two programs run on a processor, so that one reads while the other waits.
 
     64 columns are what the tensor cores' instructions of a Hopper GPU take at least.
     """
-    block_n = 64 if shape.gated or block_t < 64 else 128
-    while True:
-        warps = 4 if block_n * block_t * (1 + shape.gated) <= 4096 else 8
-        for stages in (6, 5, 4, 3, 2):
-            tile = Tile(block_n, block_t, warps, stages)
-            if problem(shape, sums, tile, _SHARED_BYTES_OF_TWO) is None:
-                return tile
-        if block_n > 64:
-            block_n //= 2
-        else:
-            block_t //= 2
+    widest = 64 if shape.gated or block_t < 64 else 128
+    sizes = [(n, t) for t in reversed(BLOCKS_T) for n in (128, 64) if n <= widest and t <= block_t]
+    for shared_bytes in (_SHARED_BYTES_OF_TWO, _SHARED_BYTES)[block_t >= 64 :]:
+        for block_n, size_t in sizes:
+            warps = 4 if block_n * size_t * (1 + shape.gated) <= 4096 else 8
+            for stages in (6, 5, 4, 3, 2):
+                tile = Tile(block_n, size_t, warps, stages)
+                if problem(shape, sums, tile, shared_bytes) is None:
+                    return tile
+    raise AssertionError(f"no tile fits {shape} with {sums}")
 
 
 def problem(shape: Shape, sums: Sums, tile: Tile, shared_bytes: int = _SHARED_BYTES) -> str | None:
