@@ -163,6 +163,7 @@ def _tensors(parameters: Parameters) -> dict[str, torch.Tensor]:
             parts = {"values": weight.values, "factors": weight.factors, "scales": weight.scales}
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
         else:
+            assert isinstance(weight, torch.Tensor), "files hold weights as processors take them"
             tensors[name] = weight
     return tensors
 

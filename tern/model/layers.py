@@ -52,9 +52,10 @@ class Parameters:
     def get(self, name: str) -> Tensor | None:
         """The parameter, or None where the network has none of this name; a packed one is refused."""
         found = self._tensors.get(self._prefix + name)
-        if isinstance(found, ops.PackedWeight):
-            raise CheckpointError(f"{self._prefix}{name} is packed in {found.bits} bits: only linear weights may be.")
-        return found
+        if found is None or isinstance(found, Tensor):
+            return found
+        bits = 8 if isinstance(found, ops.Fp8Weight) else found.bits
+        raise CheckpointError(f"{self._prefix}{name} is packed in {bits} bits: only linear weights may be.")
 
     def weight(self, name: str) -> ops.Weight:
         """A linear weight, or a stack of them, packed or not."""

@@ -143,6 +143,8 @@ class Fp8Weight:
 
 GpuWeight = Tensor | RowPackedWeight | Fp8Weight
 """What a GPU's linear layer multiplies with."""
+Weight = GpuWeight | PackedWeight
+"""What a linear layer multiplies with."""
 
 
 def round_to_fp8(weight: Tensor, *, block_wise: bool) -> Fp8Weight:

@@ -107,10 +107,6 @@ class PackedWeight:
         return factors.transpose(1, 2).reshape(self.columns, -1)
 
 
-Weight = Tensor | PackedWeight
-"""What a linear layer multiplies with."""
-
-
 def round_up(size: int, multiple: int) -> int:
     """The next multiple of `multiple`."""
     return -(-size // multiple) * multiple

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tern.ops.packed import Weight
+from tern.ops.gpu_weights import Weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,8 @@ def _weighted_sums(
     known = pair < PAIRS
     expert = tl.load(experts + token * PAIRS + pair, mask=known, other=2147483647).to(tl.int32)
     weight = tl.load(weights + token * PAIRS + pair, mask=known, other=0.0)
-    sooner = (expert[None, :] < expert[:, None]) | ((expert[None, :] == expert[:, None]) & (pair[None, :] < pair[:, None]))
+    lower, equal = expert[None, :] < expert[:, None], expert[None, :] == expert[:, None]
+    sooner = lower | (equal & (pair[None, :] < pair[:, None]))
     rank = tl.sum(sooner.to(tl.int32), axis=1)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

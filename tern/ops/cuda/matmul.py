@@ -1,4 +1,4 @@
-"""Linear layers and SwiGLUs whose weights are packed or fp8. Knows layers; the arithmetic is `products.multiply`."""
+"""Linear layers and SwiGLUs. Knows layers; the arithmetic is `products.multiply`, and torch's for a plain product."""
 
 from __future__ import annotations
 

@@ -369,11 +369,7 @@ def _tile(values, row, pitch, first, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
     """`WIDTH` values of each `row` of `pitch` values, from `first` on."""
     place = first + tl.arange(0, WIDTH)
     at = values + row[:, None] * pitch + place[None, :]
-    if EVEN_K:
-        tile = tl.load(at)
-    else:
-        tile = tl.load(at, mask=(place < pitch)[None, :], other=0.0)
-    return tile
+    return tl.load(at) if EVEN_K else tl.load(at, mask=(place < pitch)[None, :], other=0.0)
 
 
 @triton.jit

@@ -69,7 +69,7 @@ def test_swiglu(kind: str, device: torch.device) -> None:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_is_the_same_in_any_batch(kind: str, gated: bool, device: torch.device) -> None:
-    weight, down = weight_of(kind, 130, 1100, parts=2).to(device), weight_of(kind, 40, 65, seed=2).to(device)
+    weight, down = weight_of(kind, 66, 1100, parts=2).to(device), weight_of(kind, 40, 33, seed=2).to(device)
     layer = SwiGLUWeights(weight, down)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def test_a_row_is_the_same_in_any_batch(kind: str, gated: bool, device: torch.de
 
     x = noise(70, 1100).to(device, torch.bfloat16)
     whole = compute(x)
-    for rows in (slice(0, 1), slice(5, 6), slice(3, 20), slice(30, 70)):
+    for rows in (slice(0, 1), slice(5, 6), slice(3, 20)):
         assert torch.equal(compute(x[rows]), whole[rows])
 
 
