@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
-from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Tile, choose
+from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight
 
 _GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
@@ -58,61 +58,62 @@ def multiply(
     gated: bool = False,
     routing: Routing | None = None,
     rounded: tuple[Tensor, Tensor] | None = None,
+    tiling: tuple[Sums, Tile] | None = None,
 ) -> Tensor:
     """`x` [T, in] times `weight` [out, in] -> [T, out]; silu(gate) * up of its halves [T, out / 2] if `gated`.
 
     With `routing` the weight is a stack [E, out, in], and there is a row of result for each pair of a token and an
     expert: a gated product takes tokens [T, in] and leaves its rows sorted by expert, the other takes those and leaves
-    them in the order of pairs. `rounded` is `round_rows_to_fp8(x)` where it is known. A gated product with plain
-    weights rounds gate, up and silu(gate) to the type of `x`, as the reference does; others round once.
+    them in the order of pairs. A gated product with plain weights rounds gate, up and silu(gate) to the type of `x`,
+    as the reference does; others round once.
+
+    `rounded` is `round_rows_to_fp8(x)` where it is known; `tiling` takes the place of what `choose` finds.
     """
-    x = x.contiguous()
-    kind = kind_of(weight)
     weight_rows, depth = weight.shape[-2:]
     columns = weight_rows // 2 if gated else weight_rows
     rows = x.shape[0] if routing is None else routing.order.shape[0]
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    x_bytes = 1 if kind == "fp8" else x.element_size()
-    shape = Shape(kind, columns, depth, gated, routing is not None, x_bytes)
-    sums, tile = choose(shape, rows if routing is None else -(-rows // routing.experts))
+    kind = kind_of(weight)
+    values, x_scales = (rounded or round_rows_to_fp8(x)) if kind == "fp8" else (x.contiguous(), x)
+    shape = Shape(kind, columns, depth, gated, routing is not None, values.element_size())
+    sums, tile = tiling or choose(shape, rows if routing is None else -(-rows // routing.experts))
     tiles_n, tiles_t = -(-columns // tile.block_n), _tiles_of_rows(rows, routing, tile)
     apart = sums.splits > 1 and tiles_n * tiles_t < PROCESSORS
-    partial = (sums.splits, rows, weight_rows)
-    target = torch.empty(partial, dtype=torch.float32, device=x.device) if apart else out
-    values, x_scales = (rounded or round_rows_to_fp8(x)) if kind == "fp8" else (x, x)
     even = depth % sums.block_k == 0
     stored = _stored(weight, words=even)
     scales, *strides = _scales(weight)
-    order, starts = (values, values) if routing is None else (routing.order, routing.starts)
     finish = {"KIND": kind, "GATED": gated, "HAS_BIAS": bias is not None, "INTERPRETED": INTERPRETED}
+    target = out
+    if apart:
+        target = torch.empty(sums.splits, rows, weight_rows, dtype=torch.float32, device=x.device)
+    order, starts = (values, values) if routing is None else (routing.order, routing.starts)
+    added = scales if bias is None else bias
     _product[(tiles_n * tiles_t, sums.splits if apart else 1)](
-        *(target, values, x_scales, *stored, scales, scales if bias is None else bias, order, starts),
+        *(target, values, x_scales, *stored, scales, added, order, starts),
         *(rows, columns, depth, stored[0].shape[-1], sums.chunk(depth), tiles_n, tiles_t, *strides),
-        PAIRS=0 if routing is None else routing.experts_per_token,
-        EXPERTS=0 if routing is None else routing.experts,
-        EXPERTS_PADDED=1 if routing is None else triton.next_power_of_2(routing.experts),
+        **_constants(routing, tile),
         CHUNKS=1 if apart else sums.splits,
         APART=apart,
         EVEN_K=even,
         DTYPE=_TYPES[x.dtype],
-        BLOCK_N=tile.block_n,
-        BLOCK_T=tile.block_t,
-        BLOCK_K=sums.block_k,
-        GROUP_T=_GROUP_T,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **finish,
+        **{"BLOCK_K": sums.block_k, **finish},
     )
     if apart:
-        _finish_rows[(rows, -(-columns // _FINISH_COLUMNS))](
-            *(out, target, scales, scales if bias is None else bias, rows, columns),
-            SPLITS=sums.splits,
-            BLOCK=_FINISH_COLUMNS,
-            **finish,
-        )
+        grid, sizes = (rows, -(-columns // _FINISH_COLUMNS)), {"SPLITS": sums.splits, "BLOCK": _FINISH_COLUMNS}
+        _finish_rows[grid](out, target, scales, added, rows, columns, **sizes, **finish)
     return out
+
+
+def _constants(routing: Routing | None, tile: Tile) -> dict[str, int]:
+    """What the kernel is compiled for of experts and tiles."""
+    sizes = {"BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "GROUP_T": _GROUP_T}
+    sizes |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    if routing is None:
+        return sizes | {"PAIRS": 0, "EXPERTS": 0, "EXPERTS_PADDED": 1}
+    padded = triton.next_power_of_2(routing.experts)
+    return sizes | {"PAIRS": routing.experts_per_token, "EXPERTS": routing.experts, "EXPERTS_PADDED": padded}
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
