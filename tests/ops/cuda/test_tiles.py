@@ -7,7 +7,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import tune_gpu
 from tern.ops.cuda.tiles import (
     BLOCKS_T,
     TABLE,
@@ -75,3 +77,18 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_table(path, "a test", table)
     assert read_table(path) == table
     assert json.loads(path.read_text(encoding="utf-8"))["origin"] == "a test"
+
+
+def test_timing_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["tune_gpu"])
+    before = TABLE.read_bytes()
+    assert tune_gpu.main() == 1
+    assert "--rule" in capsys.readouterr().err
+    assert TABLE.read_bytes() == before
+
+
+def test_every_block_of_rows_has_candidates() -> None:
+    for shape in tune_gpu.shapes(list(tune_gpu.KINDS)):
+        for block_t in (16, 32, 64):
+            assert any(tune_gpu.candidates(shape, block_t))
