@@ -68,8 +68,12 @@ def multiply(
     as the reference does; others round once.
 
     `rounded` is `round_rows_to_fp8(x)` where it is known; `tiling` takes the place of what `choose` finds.
+
+    Raises `ValueError` if rows and weight differ in depth.
     """
     weight_rows, depth = weight.shape[-2:]
+    if x.shape[1] != depth:
+        raise ValueError(f"rows of {x.shape[1]} numbers cannot meet a weight of {depth}: they must be as long")
     columns = weight_rows // 2 if gated else weight_rows
     rows = x.shape[0] if routing is None else routing.order.shape[0]
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)

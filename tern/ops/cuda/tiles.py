@@ -136,7 +136,8 @@ def problem(shape: Shape, sums: Sums, tile: Tile, shared_bytes: int = _SHARED_BY
     if held > _SUMS_PER_THREAD * 32 * tile.warps:
         return f"{held} sums of a tile pass the {_SUMS_PER_THREAD} of each of {32 * tile.warps} threads"
     weights = parts * tile.block_n * sums.block_k
-    widened = weights * shape.x_bytes if shape.kind in ("int8", "int4") else 0
+    # Integers become bfloat16 in registers, but float32 through shared memory.
+    widened = weights * shape.x_bytes if shape.kind in ("int8", "int4") and shape.x_bytes == 4 else 0
     stage = weights * shape.tile_bits // 8 + tile.block_t * sums.block_k * shape.x_bytes
     if tile.stages * stage + widened > shared_bytes:
         return f"{tile.stages} stages of {stage} bytes and {widened} widened pass {shared_bytes} of shared memory"

@@ -80,7 +80,7 @@ def test_the_reference_for_a_gpu_is_the_reference() -> None:
 def test_a_token_is_the_same_in_any_batch(kind: str, device: torch.device) -> None:
     gate_up, down, shared = (
         stack.to(device) if not isinstance(stack, SwiGLUWeights) else moved(stack, device)
-        for stack in stacks(kind, 136, 72)
+        for stack in stacks(kind, 40, 24)
     )
     weights, experts = (tensor.to(device) for tensor in choices(60, 2))
     x = noise(60, 40).to(device)

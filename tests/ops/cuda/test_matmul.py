@@ -119,3 +119,9 @@ def test_rounding_of_rows_to_fp8(shape: tuple[int, int], dtype: torch.dtype, dev
     expected = reference_rounding(x)
     assert torch.equal(values.cpu().float(), expected[0].float())
     assert torch.equal(scales.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_another_length_are_refused(kind: str, device: torch.device) -> None:
+    with pytest.raises(ValueError, match="rows of 40 numbers cannot meet a weight of 48"):
+        linear(noise(2, 40).to(device), weight_of(kind, 16, 48).to(device))
