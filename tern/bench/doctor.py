@@ -18,6 +18,7 @@ from tern import __version__
 from tern.bench import hardware
 from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
 from tern.engine.cache_size import free_memory, token_bytes
+from tern.engine.device import LEAST_CAPABILITY
 from tern.engine.fits import FLOATS, RUNNING_BYTES, longest_context, runs_on
 from tern.engine.residence import WeightSizes, choose_residence
 from tern.errors import OptionError
@@ -25,8 +26,6 @@ from tern.ops import cpu
 
 PORTS = (8000, 8180)
 """Where `tern serve` and `make serve` listen unless told otherwise."""
-LEAST_CAPABILITY = (8, 0)
-"""The first that computes in bfloat16."""
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "fastapi", "triton")
 
 

@@ -15,7 +15,7 @@ from tern.bench.limits import REPEATS, MachineLimits, Sized, Work, measure_machi
 from tern.bench.timer import Timer
 from tern.checkpoint.quantisation import packed_bits, packed_shapes
 from tern.engine import EngineOptions
-from tern.engine.engine import _device
+from tern.engine.device import FP8_CAPABILITY, resolve_device
 from tern.errors import OptionError
 from tern.model import ErnieConfig, float32_parameters, parameter_shapes
 from tern.ops import Fp8Weight, RowPackedWeight
@@ -25,8 +25,6 @@ from tern.ops.packed import GROUP
 COPY_BYTES = 4 * 2**30  # far above a GPU's caches
 MATRIX_SIZE = 8192
 WARM_UP = 2
-FP8_CAPABILITY = (8, 9)
-"""The first that multiplies fp8."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ def take_device(name: str) -> torch.device:
 
     Raises `OptionError` if this machine has none such.
     """
-    device = torch.device(_device(EngineOptions(device=name).device))
-    if device.index is not None:
+    device = resolve_device(EngineOptions(device=name).device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from tern.errors import OptionError
-from tern.ops import cpu, reference, reference_attention, reference_packed, reference_sampling, split_experts
+from tern.ops import (
+    cpu,
+    reference,
+    reference_attention,
+    reference_gpu,
+    reference_packed,
+    reference_sampling,
+    split_experts,
+)
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, Weight, round_to_fp8
 from tern.ops.packed import PackedWeight, empty, packed_shapes, unpack
 from tern.ops.placement import on_gpu, uses_gpu
@@ -97,22 +105,27 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
     if isinstance(weight, PackedWeight):
         return cpu.linear_packed(x, weight, bias)
-    assert isinstance(weight, Tensor)
-    return reference.linear(x, weight, bias)
+    if on_gpu(x):
+        from tern.ops import cuda
+
+        return cuda.linear(x, weight, bias)
+    return reference_gpu.linear(x, weight, bias)
 
 
 def swiglu(x: Tensor, layer: SwiGLUWeights) -> Tensor:
     """down(silu(gate(x)) * up(x)): `x` [T, in] -> [T, out]. Both weights are packed or neither."""
     if isinstance(layer.gate_up, PackedWeight):
         return cpu.swiglu_packed(x, layer)
-    return reference.swiglu(x, layer, _gated(x))
-
-
-def _gated(x: Tensor) -> reference.Gated:
     if on_gpu(x):
         from tern.ops import cuda
 
-        return cuda.silu_mul
+        return cuda.swiglu(x, layer)
+    if isinstance(layer.gate_up, Tensor) and isinstance(layer.down, Tensor):
+        return reference.swiglu(x, layer, _gated(x))
+    return reference_gpu.swiglu(x, layer)
+
+
+def _gated(x: Tensor) -> reference.Gated:
     # torch rounds an element at the end of a thread's share otherwise than one in the middle.
     return cpu.silu_mul if cpu.can_norm(x) else reference.silu_mul
 
@@ -149,9 +162,15 @@ def mix_experts(
         if split_experts.are_apart(x, shared):
             return split_experts.mix_experts(x, weights, experts, gate_up, down, shared, swiglu)
         return cpu.mix_experts_packed(x, weights, experts, gate_up, down, shared)
+    if isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight):
+        raise TypeError("the experts' weights are packed as a whole or not at all")
+    if on_gpu(x):
+        from tern.ops import cuda
+
+        return cuda.mix_experts(x, weights, experts, gate_up, down, shared)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return reference.mix_experts(x, weights, experts, gate_up, down, shared, _gated(x))
-    raise TypeError("the experts' weights are all of one kind")
+    return reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
 
 
 def rotate_and_store(

@@ -12,6 +12,8 @@ import torch
 INTERPRETED = not torch.cuda.is_available()
 """Whether kernels are interpreted here."""
 
+# Said so, because Triton 3.9 warns where nothing is said, and 3.10 will take the other side.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # too late if something else has imported triton before
 

@@ -1,0 +1,468 @@
+"""The product of rows with a weight of any kind: one kernel behind linear layers, SwiGLUs and experts.
+
+Knows kinds of weights, sums and tiles; knows neither layers nor which expert a token chose. A tile has the weight's
+rows as its first side and tokens as its second, so that the tensor cores' instruction is the same for 16 tokens and for
+128, a token's sums round alike among however many, and weights of few bits become floats in registers.
+
+K is added up in chunks, each from zero, and the chunks are added in order. With few rows a program computes one chunk
+and `_finish_rows` adds them; with many it computes them all. The sums are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tern.ops.cuda.fp8 import round_rows_to_fp8
+from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
+from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
+from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight
+
+_GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
+_FINISH_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows belong to which expert.
+
+    `order` [T * K] int32: the pairs t * K + k sorted by expert; `starts` [E + 1] int32: where an expert's begin.
+    """
+
+    order: Tensor
+    starts: Tensor
+    experts_per_token: int
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.starts.shape[0] - 1
+
+
+def kind_of(weight: GpuWeight) -> Kind:
+    """What the kernel calls this kind of weight."""
+    if isinstance(weight, Fp8Weight):
+        return "fp8"
+    if isinstance(weight, RowPackedWeight):
+        return "int8" if weight.bits == 8 else "int4"
+    return "plain"
+
+
+def multiply(
+    x: Tensor,
+    weight: GpuWeight,
+    bias: Tensor | None = None,
+    *,
+    gated: bool = False,
+    routing: Routing | None = None,
+    rounded: tuple[Tensor, Tensor] | None = None,
+    tiling: tuple[Sums, Tile] | None = None,
+) -> Tensor:
+    """`x` [T, in] times `weight` [out, in] -> [T, out]; silu(gate) * up of its halves [T, out / 2] if `gated`.
+
+    With `routing` the weight is a stack [E, out, in], and there is a row of result for each pair of a token and an
+    expert: a gated product takes tokens [T, in] and leaves its rows sorted by expert, the other takes those and leaves
+    them in the order of pairs. A gated product with plain weights rounds gate, up and silu(gate) to the type of `x`,
+    as the reference does; others round once.
+
+    `rounded` is `round_rows_to_fp8(x)` where it is known; `tiling` takes the place of what `choose` finds.
+
+    Raises `ValueError` if rows and weight differ in depth.
+    """
+    weight_rows, depth = weight.shape[-2:]
+    if x.shape[1] != depth:
+        raise ValueError(f"rows of {x.shape[1]} numbers cannot meet a weight of {depth}: they must be as long")
+    columns = weight_rows // 2 if gated else weight_rows
+    rows = x.shape[0] if routing is None else routing.order.shape[0]
+    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    kind = kind_of(weight)
+    values, x_scales = (rounded or round_rows_to_fp8(x)) if kind == "fp8" else (x.contiguous(), x)
+    shape = Shape(kind, columns, depth, gated, routing is not None, values.element_size())
+    sums, tile = tiling or choose(shape, rows if routing is None else -(-rows // routing.experts))
+    tiles_n, tiles_t = -(-columns // tile.block_n), _tiles_of_rows(rows, routing, tile)
+    apart = sums.splits > 1 and tiles_n * tiles_t < PROCESSORS
+    even = depth % sums.block_k == 0
+    stored = _stored(weight, words=even)
+    scales, *strides = _scales(weight)
+    finish = {"KIND": kind, "GATED": gated, "HAS_BIAS": bias is not None, "INTERPRETED": INTERPRETED}
+    target = out
+    if apart:
+        target = torch.empty(sums.splits, rows, weight_rows, dtype=torch.float32, device=x.device)
+    order, starts = (values, values) if routing is None else (routing.order, routing.starts)
+    added = scales if bias is None else bias
+    _product[(tiles_n * tiles_t, sums.splits if apart else 1)](
+        *(target, values, x_scales, *stored, scales, added, order, starts),
+        *(rows, columns, depth, stored[0].shape[-1], sums.chunk(depth), tiles_n, tiles_t, *strides),
+        **_constants(routing, tile),
+        CHUNKS=1 if apart else sums.splits,
+        APART=apart,
+        EVEN_K=even,
+        DTYPE=_TYPES[x.dtype],
+        **{"BLOCK_K": sums.block_k, **finish},
+    )
+    if apart:
+        grid, sizes = (rows, -(-columns // _FINISH_COLUMNS)), {"SPLITS": sums.splits, "BLOCK": _FINISH_COLUMNS}
+        _finish_rows[grid](out, target, scales, added, rows, columns, **sizes, **finish)
+    return out
+
+
+def _constants(routing: Routing | None, tile: Tile) -> dict[str, int]:
+    """What the kernel is compiled for of experts and tiles."""
+    sizes = {"BLOCK_N": tile.block_n, "BLOCK_T": tile.block_t, "GROUP_T": _GROUP_T}
+    sizes |= {"num_warps": tile.warps, "num_stages": tile.stages}
+    if routing is None:
+        return sizes | {"PAIRS": 0, "EXPERTS": 0, "EXPERTS_PADDED": 1}
+    padded = triton.next_power_of_2(routing.experts)
+    return sizes | {"PAIRS": routing.experts_per_token, "EXPERTS": routing.experts, "EXPERTS_PADDED": padded}
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def _tiles_of_rows(rows: int, routing: Routing | None, tile: Tile) -> int:
+    """How many tiles of rows there are, or with experts, may be: each that has rows may leave one tile part empty."""
+    chosen = 1 if routing is None else min(rows, routing.experts)
+    if routing is None:
+        return -(-rows // tile.block_t)
+    return (rows + chosen * (tile.block_t - 1)) // tile.block_t
+
+
+def _stored(weight: GpuWeight, *, words: bool) -> tuple[Tensor, Tensor]:
+    """Values, and factors, four to an int32 if `words`; in their place something else where there are none."""
+    values = (weight if isinstance(weight, Tensor) else weight.values).contiguous()
+    if not isinstance(weight, RowPackedWeight) or weight.factors is None:
+        return values, values
+    factors = weight.factors.contiguous()
+    return values, factors.view(torch.int32) if words else factors
+
+
+def _scales(weight: GpuWeight) -> tuple[Tensor, int, int, int]:
+    """The scales, and how far those of the next expert, of the next 128 columns and of the next 128 depths are."""
+    if isinstance(weight, Tensor):
+        return weight, 0, 0, 0
+    scales = weight.scales.contiguous()
+    if isinstance(weight, RowPackedWeight):
+        return scales, 0, 0, 0
+    rows, depths = scales.shape[-2:]
+    return scales, rows * depths, depths if weight.block_wise else 0, 1 if weight.block_wise else 0
+
+
+# With few rows it is bound by reading the weight once: 64 weight rows of 128 bytes a tile, 64 for 4 bits, several
+# stages of which two programs a processor keep in flight. With many rows it is bound by the tensor cores: tiles of 128
+# by 128, or twice 64 by 128, and tiles of rows in groups, so that a weight's tile is read from memory once a group.
+@triton.jit
+def _product(
+    out,
+    x,
+    x_scales,
+    values,
+    factors,
+    scales,
+    bias,
+    order,
+    starts,
+    rows,
+    columns,
+    depth,
+    pitch,
+    chunk,
+    tiles_n,
+    tiles_t,
+    scales_expert,
+    scales_row,
+    scales_depth,
+    PAIRS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    EXPERTS_PADDED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    APART: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_T: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """A tile of `out` [rows, columns], or with `APART` of a chunk's float32 sums [splits, rows, weight rows]."""
+    tile_n, tile_t = _place(tl.program_id(0), tiles_n, tiles_t, GROUP_T)
+    if EXPERTS:
+        expert, first, end = _rows_of_expert(starts, tile_t, EXPERTS, EXPERTS_PADDED, BLOCK_T)
+        if expert >= EXPERTS:
+            return
+    else:
+        expert, first, end = 0, tile_t * BLOCK_T, rows
+    places = first + tl.arange(0, BLOCK_T)
+    inside = places < end
+    places = tl.minimum(places, end - 1)  # rows past the end are computed again and not stored
+    read, written = places, places
+    if EXPERTS:
+        pairs = tl.load(order + places)
+        read, written = (pairs // PAIRS, places) if GATED else (places, pairs)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = tl.minimum(column, columns - 1)
+    parts: tl.constexpr = 2 if GATED else 1
+    row = kept.to(tl.int64) + expert * columns * parts
+    scale_at = expert * scales_expert + (kept // 128) * scales_row
+    up_scale_at = expert * scales_expert + ((kept + columns) // 128) * scales_row
+    if not APART:
+        scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
+    begin = tl.program_id(1) * chunk
+    gate, up = _chunk(
+        *(x, x_scales, read, values, factors, scales, row, row + columns, scale_at, up_scale_at, scales_depth),
+        *(begin, tl.minimum(begin + chunk, depth), depth, pitch),
+        *(EVEN_K, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K, KIND, GATED, INTERPRETED),
+    )
+    for index in range(1, CHUNKS):
+        begin = index * chunk
+        more, more_up = _chunk(
+            *(x, x_scales, read, values, factors, scales, row, row + columns, scale_at, up_scale_at, scales_depth),
+            *(begin, tl.minimum(begin + chunk, depth), depth, pitch),
+            *(EVEN_K, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K, KIND, GATED, INTERPRETED),
+        )
+        gate += more
+        if GATED:
+            up += more_up
+    stored = inside[None, :] & (column < columns)[:, None]
+    if APART:
+        at = (tl.program_id(1) * rows + written).to(tl.int64)[None, :] * (columns * parts) + column[:, None]
+        tl.store(out + at, gate, mask=stored)
+        if GATED:
+            tl.store(out + at + columns, up, mask=stored)
+    else:
+        result = _finish(gate, up, scale, shift, up_scale, up_shift, DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED)
+        tl.store(out + written.to(tl.int64)[None, :] * columns + column[:, None], result, mask=stored)
+
+
+@triton.jit
+def _place(program, tiles_n, tiles_t, GROUP_T: tl.constexpr):
+    """The tile of a program: `GROUP_T` tiles of rows go through all columns together."""
+    group = program // (GROUP_T * tiles_n)
+    within = program % (GROUP_T * tiles_n)
+    size = tl.minimum(tiles_t - group * GROUP_T, GROUP_T)
+    return within // size, group * GROUP_T + within % size
+
+
+@triton.jit
+def _rows_of_expert(starts, tile, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The expert whose rows tile number `tile` has, its first row there and its end; `EXPERTS` or more past the last.
+
+    Each program finds this by itself: it costs a load of `starts` and a scan, where a table would cost a launch.
+    """
+    expert = tl.arange(0, EXPERTS_PADDED)
+    known = expert < EXPERTS
+    begin = tl.load(starts + expert, mask=known, other=0)
+    end = tl.load(starts + expert + 1, mask=known, other=0)
+    tiles = (end - begin + BLOCK_T - 1) // BLOCK_T
+    found = tl.sum((tl.cumsum(tiles, axis=0) <= tile).to(tl.int32), axis=0)
+    before = tl.sum(tl.where(expert < found, tiles, 0), axis=0)
+    first = tl.sum(tl.where(expert == found, begin, 0), axis=0) + (tile - before) * BLOCK_T
+    return found, first, tl.sum(tl.where(expert == found, end, 0), axis=0)
+
+
+@triton.jit
+def _chunk(
+    x,
+    x_scales,
+    x_row,
+    values,
+    factors,
+    scales,
+    row,
+    up_row,
+    scale_at,
+    up_scale_at,
+    scales_depth,
+    begin,
+    end,
+    depth,
+    pitch,
+    EVEN_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The sums [BLOCK_N, BLOCK_T] over `begin` <= k < `end` for the weight's `row`s, and for `up_row`s if `GATED`."""
+    gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    up = gate
+    x_at = x + x_row.to(tl.int64)[None, :] * depth
+    x_scale_at = x_scales + x_row.to(tl.int64) * ((depth + 127) // 128)
+    if KIND == "fp8":  # scales are loaded a tile ahead: unlike operands of `dot`, the compiler does not do that
+        x_scale = tl.load(x_scale_at + begin // 128)
+        scale = tl.load(scales + scale_at + (begin // 128) * scales_depth)
+        up_scale = tl.load(scales + up_scale_at + (begin // 128) * scales_depth)
+    for k in range(begin, end, BLOCK_K):
+        depths = k + tl.arange(0, BLOCK_K)
+        if EVEN_K:
+            tokens = tl.load(x_at + depths[:, None])
+        else:
+            tokens = tl.load(x_at + depths[:, None], mask=(depths < depth)[:, None], other=0.0)
+        weights = _weights(values, factors, row, pitch, k, EVEN_K, DTYPE, BLOCK_N, BLOCK_K, KIND, INTERPRETED)
+        if KIND == "fp8":
+            ahead = tl.minimum(k + BLOCK_K, end - 1) // 128
+            next_x_scale = tl.load(x_scale_at + ahead)
+            next_scale = tl.load(scales + scale_at + ahead * scales_depth)
+            sums = dot(weights, tokens, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), INTERPRETED)
+            gate += sums * (scale[:, None] * x_scale[None, :])
+            scale = next_scale
+        else:
+            gate = dot(weights, tokens, gate, INTERPRETED)
+        if GATED:
+            weights = _weights(values, factors, up_row, pitch, k, EVEN_K, DTYPE, BLOCK_N, BLOCK_K, KIND, INTERPRETED)
+            if KIND == "fp8":
+                next_up_scale = tl.load(scales + up_scale_at + ahead * scales_depth)
+                sums = dot(weights, tokens, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), INTERPRETED)
+                up += sums * (up_scale[:, None] * x_scale[None, :])
+                up_scale = next_up_scale
+            else:
+                up = dot(weights, tokens, up, INTERPRETED)
+        if KIND == "fp8":
+            x_scale = next_x_scale
+    return gate, up
+
+
+@triton.jit
+def _weights(
+    values,
+    factors,
+    row,
+    pitch,
+    k,
+    EVEN_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KIND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """A tile [BLOCK_N, BLOCK_K] of a weight from depth `k` on: as it is, or the integers as floats. Zero past its end.
+
+    Of 4 bits, a byte holds two neighbours in depth: they stay in their thread when they become two.
+    """
+    wide: tl.constexpr = tl.float32 if INTERPRETED else DTYPE
+    if KIND == "int4":
+        packed = _tile(values, row, pitch, k // 2, BLOCK_K // 2, EVEN_K)
+        if EVEN_K:  # four bytes at once, which can be on their way while others are computed
+            words = _tile(factors, row, pitch // 64, k // 128, BLOCK_K // 128, EVEN_K)
+            shifts = (24 - 8 * tl.arange(0, 4))[None, None, :]
+            factor = tl.reshape((words[:, :, None] << shifts) >> 24, (BLOCK_N, BLOCK_K // 32))
+        else:
+            factor = _tile(factors, row, pitch // 16, k // 32, BLOCK_K // 32, EVEN_K)
+        integers = tl.interleave((packed & 15).to(tl.int8) - 8, (packed >> 4).to(tl.int8) - 8)
+        grouped = tl.reshape(integers.to(wide), (BLOCK_N, BLOCK_K // 32, 32)) * factor.to(wide)[:, :, None]
+        tile = tl.reshape(grouped, (BLOCK_N, BLOCK_K)).to(DTYPE)
+    elif KIND == "int8":
+        tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K).to(wide).to(DTYPE)
+    else:
+        tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K)
+    return tile
+
+
+@triton.jit
+def _tile(values, row, pitch, first, WIDTH: tl.constexpr, EVEN_K: tl.constexpr):
+    """`WIDTH` values of each `row` of `pitch` values, from `first` on."""
+    place = first + tl.arange(0, WIDTH)
+    at = values + row[:, None] * pitch + place[None, :]
+    return tl.load(at) if EVEN_K else tl.load(at, mask=(place < pitch)[None, :], other=0.0)
+
+
+@triton.jit
+def _line(scales, bias, row, columns, KIND: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scale and bias of a weight's `row`s, and of those `columns` further if `GATED`; neutral ones where none are."""
+    scale, shift, up_scale, up_shift = 1.0, 0.0, 1.0, 0.0
+    if KIND == "int8" or KIND == "int4":
+        scale = tl.load(scales + row)
+        if GATED:
+            up_scale = tl.load(scales + row + columns)
+    if HAS_BIAS:
+        shift = tl.load(bias + row).to(tl.float32)
+        if GATED:
+            up_shift = tl.load(bias + row + columns).to(tl.float32)
+    return scale, shift, up_scale, up_shift
+
+
+@triton.jit
+def _finish(
+    gate,
+    up,
+    scale,
+    shift,
+    up_scale,
+    up_shift,
+    DTYPE: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The results of sums: scaled, with the bias, and gated; see `_line`."""
+    gate = _scaled(gate, scale, shift, KIND, HAS_BIAS)
+    if GATED:
+        up = _scaled(up, up_scale, up_shift, KIND, HAS_BIAS)
+        if KIND == "plain":
+            gate = narrow(gate, DTYPE, INTERPRETED).to(tl.float32)
+            up = narrow(up, DTYPE, INTERPRETED).to(tl.float32)
+        gate = gate / (1.0 + tl.exp(-gate))
+        if KIND == "plain":
+            gate = narrow(gate, DTYPE, INTERPRETED).to(tl.float32)
+        gate *= up
+    return narrow(gate, DTYPE, INTERPRETED)
+
+
+@triton.jit
+def _scaled(sums, scale, shift, KIND: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Sums with the scale of their row of a packed weight, and with the bias."""
+    if KIND == "int8" or KIND == "int4":
+        sums *= scale
+    if HAS_BIAS:
+        sums += shift
+    return sums
+
+
+# Bound by its launch: the sums of few rows are in the cache.
+@triton.jit
+def _finish_rows(
+    out,
+    sums,
+    scales,
+    bias,
+    rows,
+    columns,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Add the chunks' sums [SPLITS, rows, weight rows] of one row in order -> `out` [rows, columns]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    width = columns * (2 if GATED else 1)
+    kept = tl.minimum(column, columns - 1)
+    at = sums + row * width + kept
+    scale, shift, up_scale, up_shift = _line(scales, bias, kept, columns, KIND, GATED, HAS_BIAS)
+    gate = tl.load(at)
+    up = gate
+    if GATED:
+        up = tl.load(at + columns)
+    for index in tl.static_range(1, SPLITS):
+        further = sums + (row + index * rows) * width + kept
+        gate += tl.load(further)
+        if GATED:
+            up += tl.load(further + columns)
+    dtype: tl.constexpr = out.dtype.element_ty
+    result = _finish(gate, up, scale, shift, up_scale, up_shift, dtype, KIND, GATED, HAS_BIAS, INTERPRETED)
+    tl.store(out + row * columns + column, result, mask=inside)

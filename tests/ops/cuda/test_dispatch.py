@@ -1,0 +1,68 @@
+"""What lies on a GPU goes to its kernels through `tern.ops`, whatever the kind of weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tern import ops
+from tern.ops import reference_gpu
+from tern.ops.placement import interpreted
+from tests.compare import assert_close
+from tests.ops.cuda.test_experts import choices, moved, stacks
+from tests.ops.cuda.test_matmul import KINDS, noise
+
+
+@pytest.mark.parametrize("kind", ["plain", *KINDS])
+def test_layers(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up, down, shared = stacks(kind, 40, 24)
+    weights, experts = choices(3, 2)
+    x, bias = noise(3, 40), noise(48, seed=8)
+    expected = (
+        reference_gpu.linear(x, gate_up[1], bias),
+        reference_gpu.swiglu(x, shared),
+        reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared),
+    )
+    called = []
+    for name in ("linear", "swiglu", "mix_experts"):
+        monkeypatch.setattr(f"tern.ops.cuda.{name}", _noted(name, called))
+    here = tuple(tensor.to(device) for tensor in (x, weights, experts, gate_up, down, bias))
+
+    def compute() -> tuple[torch.Tensor, ...]:
+        x, weights, experts, gate_up, down, bias = here
+        there = moved(shared, device)
+        return (
+            ops.linear(x, gate_up[1], bias),
+            ops.swiglu(x, there),
+            ops.mix_experts(x, weights, experts, gate_up, down, there),
+        )
+
+    with interpreted():
+        found = compute()
+    assert called == ["linear", "swiglu", "mix_experts"]
+    for actual, wanted in zip(found, expected, strict=True):
+        assert_close(actual.cpu(), wanted, tolerance=2e-2 if kind.startswith("fp8") else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_processor_computes_them_in_plain_torch(kind: str) -> None:
+    gate_up, down, shared = stacks(kind, 40, 24)
+    weights, experts = choices(3, 2)
+    x = noise(3, 40)
+    expected = reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
+    assert torch.equal(ops.mix_experts(x, weights, experts, gate_up, down, shared), expected)
+    assert torch.equal(ops.linear(x, gate_up[1]), reference_gpu.linear(x, gate_up[1]))
+    assert torch.equal(ops.swiglu(x, shared), reference_gpu.swiglu(x, shared))
+
+
+def _noted(name: str, called: list[str]):
+    """The kernels' function, which also writes its name down."""
+    from tern.ops import cuda
+
+    function = getattr(cuda, name)
+
+    def noted(*args: object) -> torch.Tensor:
+        called.append(name)
+        return function(*args)
+
+    return noted

@@ -1,0 +1,127 @@
+"""Products of the GPU's kernels with packed and fp8 weights beside the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tern.ops import SwiGLUWeights, reference_gpu, reference_packed
+from tern.ops.cuda import linear, swiglu
+from tern.ops.cuda.fp8 import round_rows_to_fp8
+from tern.ops.gpu_weights import GpuWeight, RowPackedWeight, round_to_fp8
+from tern.ops.gpu_weights import round_rows_to_fp8 as reference_rounding
+from tests.compare import assert_close
+
+KINDS = ["int8", "int4", "fp8-blocks", "fp8-whole"]
+SHAPES = [(64, 128), (70, 260), (130, 33), (5, 1100), (1, 32)]
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight_of(kind: str, *shape: int, seed: int = 1, parts: int = 1) -> GpuWeight:
+    """A weight, or a stack, of random numbers whose rows differ in size."""
+    floats = noise(*shape, seed=seed) * torch.linspace(0.5, 2, shape[-2])[:, None] / math.sqrt(shape[-1])
+    if kind in ("int8", "int4"):
+        return RowPackedWeight.of(reference_packed.pack(floats, int(kind[3:]), parts))
+    if kind.startswith("fp8"):
+        return round_to_fp8(floats, block_wise=kind == "fp8-blocks")
+    return floats
+
+
+def tolerance(kind: str, dtype: torch.dtype, device: torch.device) -> float:
+    """fp8 products of a GPU are added up with fewer bits within 128 depths."""
+    return 3e-3 if dtype == torch.float32 and kind.startswith("fp8") and device.type == "cuda" else TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear(kind: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    weight = weight_of(kind, *shape)
+    bias = noise(shape[0], seed=2).to(dtype) if shape[0] != 64 else None
+    for rows in (0, 1, 3, 17):
+        x = noise(rows, shape[1]).to(dtype)
+        expected = reference_gpu.linear(x, weight, bias)
+        found = linear(x.to(device), weight.to(device), None if bias is None else bias.to(device))
+        assert found.dtype == dtype
+        assert_close(found.cpu(), expected, tolerance=tolerance(kind, dtype, device))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+def test_swiglu(kind: str, device: torch.device) -> None:
+    gate_up, down = weight_of(kind, 2 * 70, 1100, parts=2), weight_of(kind, 34, 70, seed=2)
+    biases = noise(140, seed=3), noise(34, seed=4)
+    for rows in (0, 1, 17):
+        x = noise(rows, 1100)
+        layer = SwiGLUWeights(gate_up, down, *biases)
+        expected = reference_gpu.swiglu(x, layer)
+        there = SwiGLUWeights(gate_up.to(device), down.to(device), *(bias.to(device) for bias in biases))
+        # What enters `down` may round to the neighbour in fp8.
+        wide = 2e-2 if kind.startswith("fp8") else 1e-5
+        assert_close(swiglu(x.to(device), there).cpu(), expected, tolerance=wide)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_in_any_batch(kind: str, gated: bool, device: torch.device) -> None:
+    weight, down = weight_of(kind, 66, 1100, parts=2).to(device), weight_of(kind, 40, 33, seed=2).to(device)
+    layer = SwiGLUWeights(weight, down)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return swiglu(x, layer) if gated else linear(x, weight)
+
+    x = noise(70, 1100).to(device, torch.bfloat16)
+    whole = compute(x)
+    for rows in (slice(0, 1), slice(5, 6), slice(3, 20)):
+        assert torch.equal(compute(x[rows]), whole[rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_apart_add_up_like_chunks_in_one_program(
+    kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias = weight_of(kind, 66, 2100).to(device), noise(66, seed=2).to(device)
+    x = noise(5, 2100).to(device, torch.bfloat16)
+    apart = linear(x, weight, bias)
+    monkeypatch.setattr("tern.ops.cuda.products.PROCESSORS", 0)
+    assert torch.equal(linear(x, weight, bias), apart)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_lies_around_is_not_read(kind: str, device: torch.device) -> None:
+    depth = 100
+    padded = torch.full((6, depth + 28), math.nan)
+    padded[1:4, :depth] = noise(3, depth)
+    x = padded[1:4, :depth]
+    weight = weight_of(kind, 20, depth)
+    if isinstance(weight, RowPackedWeight):
+        scales = torch.full((40,), math.nan)
+        scales[:20] = weight.scales
+        there: GpuWeight = RowPackedWeight(weight.values, weight.factors, scales.to(device)[:20], depth).to(device)
+    else:
+        values = torch.full((20 * depth + 5000,), math.nan).to(torch.float8_e4m3fn)
+        values[: 20 * depth] = weight.values.flatten()
+        there = type(weight)(values.to(device)[: 20 * depth].view(20, depth), weight.scales.to(device))
+    assert_close(linear(x.to(device), there).cpu(), reference_gpu.linear(x, weight), tolerance=3e-3)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(0, 128), (1, 128), (3, 100), (2, 1300)])
+def test_rounding_of_rows_to_fp8(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    x = (noise(*shape) * torch.exp(3 * noise(*shape, seed=1))).to(dtype)
+    x[:1, :100] = 0
+    values, scales = round_rows_to_fp8(x.to(device))
+    expected = reference_rounding(x)
+    assert torch.equal(values.cpu().float(), expected[0].float())
+    assert torch.equal(scales.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_another_length_are_refused(kind: str, device: torch.device) -> None:
+    with pytest.raises(ValueError, match="rows of 40 numbers cannot meet a weight of 48"):
+        linear(noise(2, 40).to(device), weight_of(kind, 16, 48).to(device))
