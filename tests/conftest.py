@@ -1,4 +1,5 @@
-"""What all tests share: one torch thread a process, since the tests themselves run side by side, and no hub.
+"""What all tests share: one torch thread a process, since the tests themselves run side by side, no hub, and without a
+GPU the interpreter for its kernels, which Triton must know of whoever imports it first.
 
 Small networks compute faster on one thread than two cores can agree on anything.
 """
@@ -13,6 +14,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
