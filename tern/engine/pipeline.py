@@ -5,9 +5,10 @@
     a step ahead    host   |pack n+1|  read n, deliver n  |pack n+2|  read n+1, deliver n+1
                     GPU    |  step n     |  step n+1              |  step n+2
 
-Step n+1 takes its tokens from step n where they lie, on the device, so it is composed only of sequences whose tokens
-the device chooses by itself (`chosen_on_device`), while nothing else could come next (`Scheduler.follow`) and no drafts
-pay. What step n then turns out to mean is obeyed when step n+1 is read: of a sequence that ended, nothing of it counts;
+Step n+1 takes its tokens from step n where they lie, on the device. Penalties and whatever else hangs on a sequence's
+tokens are known then up to step n-1, which is all that choosing those of step n takes. It is composed while nothing else
+could come next (`Scheduler.follow`), no drafts pay, and nobody must read a token first (`_is_read_late`).
+What step n then turns out to mean is obeyed when step n+1 is read: of a sequence that ended, nothing of it counts;
 where a sink forced other tokens, what was sampled after the one before them is dropped, and what was computed is right.
 
 A block of a sequence that has ended may be given away while step n+1 writes into it. That is sound: whoever gets it
@@ -23,7 +24,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import replace
 
-from tern.engine.choice import chosen_on_device
 from tern.engine.runner import BegunStep, Runner, StepResult
 from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence, SequenceStatus
@@ -75,7 +75,7 @@ class Pipeline:
     def _begin_next(self, begun: BegunStep, *, fresh: bool) -> BegunStep | None:
         """Begin the step after `begun`, or None. `fresh`: the scheduler asked for drafts when it composed `begun`."""
         live = [chunk.sequence for chunk in begun.chunks if _counts(chunk)]
-        if not all(chosen_on_device(sequence) and not self._follows(sequence) for sequence in live):
+        if not all(_is_read_late(sequence) and not self._follows(sequence) for sequence in live):
             return None
         if not fresh and self._drafts_pay(live):
             return None
@@ -95,6 +95,15 @@ class Pipeline:
         drafter = self.scheduler.drafter
         room = self.scheduler.max_num_batched_tokens - len(sequences)
         return drafter is not None and bool(sequences) and any(drafter.draft(sequences, room))
+
+
+def _is_read_late(sequence: Sequence) -> bool:
+    """Whether the host needs nothing of the sequence's next token before the step that follows is begun.
+
+    A grammar has to hear of a token before it says what may follow, and log-probabilities are computed when a choice is
+    read, behind whatever was enqueued before.
+    """
+    return sequence.sampling.grammar is None and sequence.sampling.params.logprobs is None
 
 
 def _counts(chunk: Chunk) -> bool:

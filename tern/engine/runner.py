@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tern.engine.choice import GreedyChoice
 from tern.engine.device import current
 from tern.engine.graphs import Capture, DecodeGraphs
 from tern.engine.packing import PackedStep, pack
 from tern.engine.predictor import Followed, Predictor
 from tern.engine.request import GeneratedToken, ScoredToken
-from tern.engine.sampler import Sampler, score
+from tern.engine.sampler import Choice, Sampler, score
+from tern.engine.sampling_state import SamplingRow
 from tern.engine.scheduler import Chunk
 from tern.engine.sequence import Continuation, Sequence
 from tern.model.batch import Batch, KVCache
@@ -80,7 +80,7 @@ class BegunStep:
     hidden: Tensor
     logits: Tensor | None
     started: float
-    choice: GreedyChoice | None = None
+    choice: Choice | None = None
 
 
 class Runner:
@@ -150,14 +150,15 @@ class Runner:
         """Enqueue the network's work for the chunks.
 
         `after` is the step before, if that is not finished: then both are decodes, `chunks` continue sequences of it,
-        and their tokens are those that it chooses greedily, taken on the device. Its `choice` is set.
+        and their tokens are those that the sampler chooses for it, taken where they lie; the tokens before those have
+        been delivered. Its `choice` is set.
         """
         started = time.perf_counter()
         with current(self.model.device):
             token_ids = None
             if after is not None:
                 assert after.logits is not None
-                after.choice = after.choice or GreedyChoice.of(after.logits)
+                after.choice = after.choice or self.sampler.begin(after.logits, _rows(after.chunks))
                 token_ids = _tokens_for(chunks, after.chunks, after.choice.tokens)
             step = pack(chunks, self.kv.block_size, ahead=0 if after is None else 1)
             batch, hidden, logits = self._compute(step, token_ids)
@@ -193,15 +194,8 @@ class Runner:
         """Draw the next token of every sequence that samples, and the one after each of its drafts."""
         if begun.logits is None:
             return []
-        if begun.choice is not None:
-            return [Sampled([token]) for token in begun.choice.finish()]
-        sampling = [chunk for chunk in begun.chunks if chunk.samples]
-        rows = [
-            Continuation(chunk.sequence, chunk.drafts[:ahead]) if ahead else chunk.sequence
-            for chunk in sampling
-            for ahead in range(1 + len(chunk.drafts))
-        ]
-        return verify([chunk.drafts for chunk in sampling], self.sampler.sample(begun.logits, rows))
+        choice = begun.choice or self.sampler.begin(begun.logits, _rows(begun.chunks))
+        return verify([chunk.drafts for chunk in begun.chunks if chunk.samples], choice.finish())
 
     def _score(self, hidden: Tensor, chunks: Ordered[Chunk]) -> dict[int, list[ScoredToken] | str]:
         """Score the prompt tokens that the chunks' rows of `hidden` [tokens, hidden_size] precede."""
@@ -247,6 +241,16 @@ class Runner:
         drafts = predictor.draft(batch, hidden, chunks, list(followed.values()))
         by_entry = dict(zip(followed, drafts, strict=True))
         return [replace(result, predicted=by_entry.get(entry, ())) for entry, result in enumerate(sampled)]
+
+
+def _rows(chunks: Ordered[Chunk]) -> list[SamplingRow]:
+    """What the sampler reads for each row of logits: a sequence, or one with some of its drafts behind it."""
+    return [
+        Continuation(chunk.sequence, chunk.drafts[:ahead]) if ahead else chunk.sequence
+        for chunk in chunks
+        if chunk.samples
+        for ahead in range(1 + len(chunk.drafts))
+    ]
 
 
 def _tokens_for(chunks: Ordered[Chunk], before: Ordered[Chunk], tokens: Tensor) -> Tensor:

@@ -71,25 +71,32 @@ def test_a_step_is_begun_before_the_one_before_it_is_delivered() -> None:
     "fields",
     [
         {"temperature": 1.0, "seed": 1},
-        {"logprobs": 2},
+        {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "seed": 5},
         {"repetition_penalty": 1.2},
+        {"frequency_penalty": 1.0, "temperature": 0.5, "seed": 3},
         {"logit_bias": {5: 1.0}},
         {"min_tokens": 20},
         {"allowed_token_ids": list(range(3, 40))},
     ],
     ids=str,
 )
-def test_what_the_host_must_choose_is_waited_for(fields: dict[str, Any]) -> None:
+def test_whatever_is_asked_of_the_sampler_is_chosen_ahead_alike(fields: dict[str, Any]) -> None:
     engine = make_engine(async_scheduling=True)
     assert ids(serve(engine, **fields)) == ids(serve(make_engine(), **fields))
+    assert engine.pipeline.steps_ahead > 8
+
+
+def test_log_probabilities_are_waited_for() -> None:
+    engine = make_engine(async_scheduling=True)
+    assert ids(serve(engine, logprobs=2)) == ids(serve(make_engine(), logprobs=2))
     assert engine.pipeline.steps_ahead == 0
 
 
 def test_one_that_must_be_waited_for_makes_all_wait() -> None:
     engine = make_engine(async_scheduling=True)
-    add(engine, "drawn", [4, 4], temperature=1.0, seed=2, max_tokens=30, ignore_eos=True)
+    add(engine, "scored", [4, 4], logprobs=1, max_tokens=30, ignore_eos=True)
     assert ids(serve(engine)) == PLAIN
-    assert engine.pipeline.steps_ahead < 12, "only after the drawn one was done"
+    assert engine.pipeline.steps_ahead < 12, "only after the scored one was done"
 
 
 def test_without_the_wish_no_step_is_begun_ahead_on_the_processor() -> None:
