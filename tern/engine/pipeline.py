@@ -6,10 +6,10 @@
                     GPU    |  step n     |  step n+1              |  step n+2
 
 Step n+1 takes its tokens from step n where they lie, on the device. Penalties and whatever else hangs on a sequence's
-tokens are known then up to step n-1, which is all that choosing those of step n takes. It is composed while nothing else
-could come next (`Scheduler.follow`), no drafts pay, and nobody must read a token first (`_is_read_late`).
-What step n then turns out to mean is obeyed when step n+1 is read: of a sequence that ended, nothing of it counts;
-where a sink forced other tokens, what was sampled after the one before them is dropped, and what was computed is right.
+tokens are known then up to step n-1, which is all that choosing those of step n takes. It is composed while nothing
+else could come next (`Scheduler.follow`), no drafts pay, and nobody must read a token first (`_is_read_late`). What
+step n then turns out to mean is obeyed when step n+1 is read: of a sequence that ended, nothing of it counts; where a
+sink forced other tokens, what was sampled after the one before them is dropped, and what was computed is right.
 
 A block of a sequence that has ended may be given away while step n+1 writes into it. That is sound: whoever gets it
 writes in a later step, and the device runs steps in order; and no cached block is written, since only computed
