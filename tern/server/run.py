@@ -100,10 +100,9 @@ def run_server(
                 serving = pool.submit(server.run, sockets=[listener])
                 loaded = load()
                 state = AppState.create(loaded.engine, loaded.protocol, loaded.model, options, registry, tracing)
-                with running(state):
+                app = create_app(state)
+                with running(state), _collector_spared():
                     ending.engine = loaded.engine
-                    app = create_app(state)
-                    _spare_the_collector()
                     gate.open(app)
                     url = _url(listener)
                     logger.info("serving %s at %s", state.model_name, url)
@@ -116,13 +115,18 @@ def run_server(
             server.should_exit = True
 
 
-def _spare_the_collector() -> None:
+@contextmanager
+def _collector_spared() -> Iterator[None]:
     """Take what is loaded, and stays, out of the garbage collector's sight.
 
     Requests with many parts make it look through everything, a tenth of a second in which no thread runs.
     """
     gc.collect()
     gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _wait(serving: Future[None], server: uvicorn.Server, engine: EngineDoor) -> None:

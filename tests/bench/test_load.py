@@ -182,6 +182,7 @@ def test_ctrl_c_leaves_what_was_measured(
 ) -> None:
     rates: list[float] = []
     seen: list[RequestRecord] = []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio turns to no other handler's place
 
     def interrupt(record: RequestRecord) -> None:
         seen.append(record)
@@ -190,6 +191,7 @@ def test_ctrl_c_leaves_what_was_measured(
 
     events = LoadEvents(begin=rates.append, ended=interrupt)
     report = run_load(plan(stand_in, rates=(800.0, 900.0, 1000.0), concurrency=1), events=events)
+    signal.signal(signal.SIGINT, before)
     assert report.interrupted
     assert rates == [800.0, 900.0]
     assert [result.answered for result in report.results] == [6, 2]
