@@ -70,7 +70,8 @@ class JsonVocabulary:
         encoder = self._encoder if allow_special else self._plain_encoder
         # Of the library's calls only the batched ones let other threads run meanwhile.
         (encoding,) = encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        return list(encoding.ids)
+        ids: list[int] = encoding.ids
+        return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of text that stands behind other text: an added token in front keeps the opening space away."""

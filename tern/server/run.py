@@ -13,6 +13,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -62,6 +63,9 @@ DEAF_CLIENT_SECONDS = 300
 Else one that vanished without a word, or never reads, would keep its connection for as long as the server lives.
 """
 
+SWITCH_SECONDS = 0.001
+"""After which a thread that works on a text lets the event loop run, if that has something to do."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -85,6 +89,7 @@ def run_server(
     `EngineFailedError` if the engine dies under the server, and whatever `load` raises.
     """
     options = options or ServerOptions()
+    sys.setswitchinterval(SWITCH_SECONDS)
     gate, registry = _LoadingGate(options), CollectorRegistry()
     with (
         listen(options.host, options.port) as listener,

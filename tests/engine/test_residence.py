@@ -98,7 +98,7 @@ def test_the_options_decide_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch
 def test_a_split_needs_a_gpu_and_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.version.cuda", None)
-    with pytest.raises(OptionError, match="device is 'split', but this torch .* was built without CUDA"):
+    with pytest.raises(OptionError, match=r"device is 'split', but this torch .* was built without CUDA"):
         Engine.open(resolve_model("dummy:tiny"), EngineOptions(device="split"))
     monkeypatch.setitem(PRESETS, "dense", {**PRESETS["tiny"], "model_type": "ernie4_5"})
     with pytest.raises(OptionError, match="a dense network"):
