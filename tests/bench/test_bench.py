@@ -151,7 +151,7 @@ def test_the_engine_s_share_is_what_its_model_did_not_take(monkeypatch: pytest.M
     monkeypatch.setattr("tern.bench.overhead.time.perf_counter", lambda: now)
     monkeypatch.setattr(ErnieModel, "hidden", taking(5.0, ErnieModel.hidden))
     monkeypatch.setattr(ErnieModel, "logits", taking(1.0, ErnieModel.logits))
-    monkeypatch.setattr(Sampler, "sample", taking(2.0, Sampler.sample))
+    monkeypatch.setattr(Sampler, "begin", taking(2.0, Sampler.begin))
     source = resolve_model("dummy:tiny")
     bench = Bench(source.config, load_tensors(source, quantization="wint4"), 40)
     assert overhead_share(bench.engine, bench.model, 1, 4) == 0.25

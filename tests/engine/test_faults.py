@@ -29,7 +29,7 @@ COMPUTING: dict[str, Breaks] = {
     "pack": lambda _, patch, fail: patch.setattr(runner_module, "pack", fail),
     "hidden": lambda service, patch, fail: patch.setattr(service.engine.runner.model, "hidden", fail),
     "logits": lambda service, patch, fail: patch.setattr(service.engine.runner.model, "logits", fail),
-    "sampler": lambda service, patch, fail: patch.setattr(service.engine.runner.sampler, "sample", fail),
+    "sampler": lambda service, patch, fail: patch.setattr(service.engine.runner.sampler, "begin", fail),
 }
 KEEPING_BOOKS: dict[str, Breaks] = {
     "schedule": lambda service, patch, fail: patch.setattr(service.engine.scheduler, "schedule", fail),

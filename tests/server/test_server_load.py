@@ -21,6 +21,7 @@ from tern.chat.tokenizer import Tokenizer
 from tern.engine import FinishReason, GeneratedToken, TokenLogprob
 from tern.server import body as body_module
 from tern.server import choices as choices_module
+from tern.server import tokenization
 from tern.server.generation import TimeLimit
 from tern.server.run import DEAF_CLIENT_SECONDS, listen
 from tern.server.sink import MOST_UNREAD, Mailbox, MailboxFullError, Update
@@ -175,6 +176,7 @@ def threads(server: Live, monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]
     watch(Tokenizer, "encode")
     watch(Tokenizer, "decode")
     watch(JSONResponse, "render")
+    watch(tokenization, "_json_in_slices")
     watch(server.engine, "submit")
     monkeypatch.setattr(server.engine, "max_model_len", 2**30)
     return seen
@@ -195,7 +197,7 @@ TOOLS = [
         ("/v1/chat/completions", {"messages": USER, "tools": TOOLS}, {"prompt", "encode", "submit"}),
         ("/v1/completions", {"prompt": TEXT, "max_tokens": 1}, {"encode", "submit"}),
         ("/v1/completions", {"prompt": [[5] * 500] * 60, "max_tokens": 1, "echo": True}, {"decode", "submit"}),
-        ("/tokenize", {"prompt": TEXT}, {"encode", "render"}),
+        ("/tokenize", {"prompt": TEXT}, {"encode", "_json_in_slices"}),
         ("/detokenize", {"tokens": [5] * 200_000}, {"decode", "render"}),
     ],
     ids=["text", "messages", "tools", "prompt", "echo", "tokenize", "detokenize"],
