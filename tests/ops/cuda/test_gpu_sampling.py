@@ -13,6 +13,7 @@ import torch
 from tern.ops import reference_sampling
 from tern.ops.cuda import draw, keep_allowed, largest, sampling
 from tern.ops.reference_sampling import Draws
+from tests.ops.test_sampling import some_draws
 
 ON_GPU = torch.cuda.is_available()
 MANY = 100 if ON_GPU else 1  # times as many rows on a GPU
@@ -45,19 +46,6 @@ def draws_of(
         min_p=torch.full((rows,), min_p, dtype=torch.float64),
         top_k=torch.full((rows,), top_k or vocab),
         top_p=torch.full((rows,), top_p, dtype=torch.float64),
-    )
-
-
-def some_draws(rng: random.Random, rows: int, vocab: int) -> Draws:
-    def column(values: tuple[float, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([rng.choice(values) for _ in range(rows)], dtype=dtype)
-
-    return Draws(
-        uniforms=torch.tensor([rng.random() for _ in range(rows)], dtype=torch.float64),
-        temperatures=column((0.3, 0.8, 1.0, 3.0), torch.float32),
-        min_p=column((0.0, 0.0, 0.05), torch.float64),
-        top_k=column((vocab, vocab, 1, min(7, vocab), max(vocab // 2, 1)), torch.int64),
-        top_p=column((1.0, 0.8, 0.95, 1e-9), torch.float64),
     )
 
 
