@@ -36,6 +36,7 @@ def chat(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="wint4, wint8, on a GPU fp8; none: floats.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (CPU) or fp8 (GPU).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or split (experts on the CPU).")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest conversation, tokens.")] = None,
     kv_cache_dir: Annotated[str | None, typer.Option(help="Directory where prefixes outlive the process.")] = None,
     kv_cache_dir_size: Annotated[float | None, typer.Option(help="Most that it may hold, GB; default 20.")] = None,
@@ -51,6 +52,7 @@ def chat(
         quantization=quantization,
         max_model_len=max_model_len,
         kv_cache_dtype=kv_cache_dtype,
+        device=device,
         kv_cache_dir=kv_cache_dir,
         kv_cache_dir_size=size_in_bytes("--kv-cache-dir-size", kv_cache_dir_size, unit="GB"),
     )

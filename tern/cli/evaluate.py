@@ -38,6 +38,7 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     quantization: Annotated[str | None, typer.Option(help="wint4, wint8, on a GPU fp8; none: floats.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, bfloat16, int8 (CPU) or fp8 (GPU).")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or split (experts on the CPU).")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")] = None,
 ) -> None:
     """Score a model on tasks of the lm-evaluation-harness (pip install 'tern-llm[eval]').
@@ -82,6 +83,7 @@ def evaluate(
         revision=revision,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
+        device=device,
         **{name: value for name, value in options.items() if value is not None},
     )
     report = evaluation.run(llm, model or "embedded")
