@@ -151,6 +151,19 @@ class Fp8Weight:
         return self.values.float() * _spread(self.scales, self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Fp8Rows:
+    """Activations [T, in] as products with an fp8 weight take them: `round_rows_to_fp8`, done once for all readers.
+
+    `values` float8_e4m3fn [T, in], `scales` float32 [T, ceil(in / 128)]; `plain` [T, in] are the rows before rounding,
+    None where nobody reads those.
+    """
+
+    values: Tensor
+    scales: Tensor
+    plain: Tensor | None = None
+
+
 GpuWeight = Tensor | RowPackedWeight | Fp8Weight
 """What a GPU's linear layer multiplies with."""
 Weight = GpuWeight | PackedWeight
