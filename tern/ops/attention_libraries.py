@@ -47,8 +47,8 @@ class Chunks:
     """The sequences of one step that go to a library: all from the first chunk of a prompt to the last.
 
     They begin with sequence `first` and row `start` of the step; `lengths` and `contexts` [sequences] are on the host,
-    int32. Decodes that stand between two chunks are among them, and are computed once more by Tern's kernels; so are
-    drafts, wherever they stand.
+    int32. Decodes that stand between two chunks are among them, with a context of their one token, for Tern's kernels
+    compute them; drafts too, which are computed twice.
     """
 
     library: AttentionLibrary
@@ -67,8 +67,9 @@ class Chunks:
         if library is None or not len(places):
             return None
         first, end = int(places[0]), int(places[-1]) + 1
-        mine = (lengths[first:end].astype(np.int32), context_lens[first:end].astype(np.int32))
-        return cls(library, first, int(query_starts[first]), *mine)
+        lengths = lengths[first:end].astype(np.int32)
+        contexts = np.where(lengths > 1, context_lens[first:end], lengths).astype(np.int32)
+        return cls(library, first, int(query_starts[first]), lengths, contexts)
 
     @property
     def sequences(self) -> slice:

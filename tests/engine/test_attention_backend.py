@@ -46,7 +46,8 @@ def test_chunks_are_handed_to_the_library(monkeypatch: pytest.MonkeyPatch) -> No
         if batch.chunks is not None:
             assert batch.chunks.library is library
             assert batch.chunks.lengths.tolist() == lengths[batch.chunks.sequences].tolist()
-            assert batch.chunks.contexts.tolist() == batch.context_lens[batch.chunks.sequences].tolist()
+            contexts = torch.where(lengths > 1, batch.context_lens, 1)
+            assert batch.chunks.contexts.tolist() == contexts[batch.chunks.sequences].tolist()
 
 
 def test_what_the_network_asks_of_a_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,7 +156,7 @@ def test_the_chunks_of_a_step() -> None:
     assert found is not None
     assert (found.sequences, found.rows) == (slice(2, 6), slice(2, 78))
     assert found.starts.tolist() == [0, 40, 41, 46, 76]
-    assert found.contexts.tolist() == [50, 11, 15, 40]
+    assert found.contexts.tolist() == [50, 1, 15, 40]
     assert [found.longest_within(bound) for bound in (1, 4, 5, 12, 30)] == [1, 1, 5, 5, 30]
 
 
