@@ -95,3 +95,16 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
             check_attention_backend("flash-attn", CPU)
         with pytest.raises(OptionError, match="FlashInfer is not installed: there is no module flashinfer: see docs"):
             check_attention_backend("flashinfer", CPU)
+
+
+def test_a_library_that_breaks_the_gpu_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even unasked: this process could compute nothing more."""
+    pytest.importorskip("triton")
+    from tern.ops.cuda import flash
+
+    def breaks(*_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(flash, "open_library", breaks)
+    with interpreted(), pytest.raises(OptionError, match="FlashAttention-3 broke the GPU's .* attention_backend tern"):
+        choose_attention("auto", WORK)
