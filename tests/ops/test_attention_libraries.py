@@ -106,5 +106,5 @@ def test_a_library_that_breaks_the_gpu_ends_the_start(monkeypatch: pytest.Monkey
         raise torch.AcceleratorError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(flash, "open_library", breaks)
-    with interpreted(), pytest.raises(OptionError, match="FlashAttention-3 broke the GPU's .* attention_backend tern"):
+    with interpreted(), pytest.raises(OptionError, match=r"FlashAttention-3 broke the GPU's .* attention_backend tern"):
         choose_attention("auto", WORK)
