@@ -81,6 +81,12 @@ class Code:
         return sum((Counter({width: n}) for loop in self.loops for (width, _), n in loop.loads.items()), Counter())
 
     @property
+    def narrow_share(self) -> float:
+        """Of the bytes that innermost loops load, those that come by less than 16 a thread."""
+        loaded = sum(width * count for width, count in self.loads.items())
+        return sum(width * count for width, count in self.loads.items() if width < WIDE) / max(1, loaded)
+
+    @property
     def products(self) -> str:
         """The instruction by which it multiplies tiles: "wgmma", "mma.sync", or none."""
         kinds: Counter[str] = sum((loop.products for loop in self.loops), Counter())

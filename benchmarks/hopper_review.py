@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_plan import Row
-from benchmarks.hopper_code import PROCESSORS, WIDE, Code, read_code
+from benchmarks.hopper_code import PROCESSORS, Code, read_code
 from benchmarks.hopper_steps import Launch, pretend_hopper, step_launches
 from tern.bench.gpu import GpuLimits, weight_sizes
 from tern.checkpoint import resolve_model
@@ -77,6 +77,14 @@ def review_rows() -> list[Row]:
 
 
 @dataclass(frozen=True)
+class Flag:
+    """What is wrong with a kernel, in numbers, and how bad that is among its like."""
+
+    badness: float
+    words: str
+
+
+@dataclass(frozen=True)
 class Reviewed:
     """A launch, and what its kernel was compiled to: `kernel` names the compiled one. `problem`: it was not."""
 
@@ -91,23 +99,24 @@ class Reviewed:
         return (self.launch.name, self.launch.grid, self.launch.shapes, self.kernel)
 
     @property
-    def flags(self) -> dict[str, str]:
-        """What its code says against it, with the numbers."""
+    def flags(self) -> dict[str, Flag]:
+        """What its code says against it."""
         if self.problem is not None:
-            return {"DOES NOT COMPILE": self.problem}
+            return {"DOES NOT COMPILE": Flag(0.0, self.problem)}
         code, launch = self.code, self.launch
         if code is None:
             return {}
         found, much = {}, launch.read_bytes > READS_MUCH
         if code.stack:
-            found["SPILLS"] = f"{code.stack} bytes a thread, {code.spills} times in innermost loops"
-        if any(width < WIDE for width in code.loads) and (code.looping or much):
-            found["NARROW LOADS"] = _loads(code)
+            found["SPILLS"] = Flag(code.stack, f"{code.stack} bytes a thread, {code.spills} times in innermost loops")
+        if code.narrow_share > 0 and (code.looping or much):
+            found["NARROW LOADS"] = Flag(code.narrow_share, _loads(code))
         if much and launch.programs < PROCESSORS:
-            found["FEW PROGRAMS"] = f"{launch.programs} read {launch.read_bytes / 1e6:.1f} MB"
+            read = f"{launch.programs} read {launch.read_bytes / 1e6:.1f} MB"
+            found["FEW PROGRAMS"] = Flag(launch.read_bytes / launch.programs, read)
         in_flight = code.bytes_in_flight(launch.programs)
         if much and in_flight < IN_FLIGHT:
-            found["LITTLE IN FLIGHT"] = f"{in_flight / 1024:.0f} KB a multiprocessor"
+            found["LITTLE IN FLIGHT"] = Flag(-in_flight, f"{in_flight / 1024:.0f} KB a multiprocessor")
         return found
 
     @property
@@ -131,7 +140,7 @@ class Reviewed:
         """Its facts."""
         launch = self.launch
         facts: dict[str, Any] = {"name": launch.name, "grid": launch.grid, "shapes": launch.shapes}
-        facts |= {"read_bytes": launch.read_bytes, "flags": self.flags}
+        facts |= {"read_bytes": launch.read_bytes, "flags": {name: flag.words for name, flag in self.flags.items()}}
         if launch.call is not None:
             facts["constants"] = {name: str(value) for name, value in launch.call.options.items()}
         if self.code is not None:
@@ -301,26 +310,23 @@ def _runs(launches: Sequence[Reviewed]) -> Iterator[tuple[Reviewed, int]]:
 
 
 def findings(steps: Sequence[Step]) -> list[str]:
-    """A line for each flag of each kernel, with the steps that have it."""
-    found: dict[tuple[str, str, str, str], list[str]] = {}
+    """A line for each flag of each kernel in each format: how many specialisations have it, and the worst of them."""
+    found: dict[tuple[str, str, str], dict[str, tuple[Flag, str]]] = {}
     for step in steps:
         for one in step.launches:
-            for flag, numbers in one.flags.items():
-                key = (flag, one.launch.name, one.kernel or "", numbers)
-                where = f"{step.row.label}{_layer_words(one.launch)}"
-                if where not in found.setdefault(key, []):
-                    found[key].append(where)
+            for name, flag in one.flags.items():
+                kinds = found.setdefault((name, one.launch.name, step.row.quantization or "bf16"), {})
+                kinds.setdefault(one.kernel or "", (flag, _where(step.row, one.launch)))
     lines = []
-    for (flag, name, kernel, numbers), where in sorted(found.items(), key=lambda entry: entry[0]):
-        more = f" and {len(where) - 2} more" if len(where) > 2 else ""
-        lines.append(f"{flag:16} {name} {kernel}: {numbers}; {'; '.join(where[:2])}{more}")
+    for (name, kernel, form), kinds in sorted(found.items()):
+        flag, where = max(kinds.values(), key=lambda kind: kind[0].badness)
+        lines.append(f"{name:16} {kernel}, {form}: {len(kinds)} of its kernels; the worst {flag.words} ({where})")
     return lines
 
 
-def _layer_words(launch: Launch) -> str:
-    grid = "x".join(map(str, launch.grid or ()))
-    kind = "" if launch.layer is None else ", layer 0" if launch.layer == 0 else ", layers"
-    return f"{kind}, {grid} programs"
+def _where(row: Row, launch: Launch) -> str:
+    layer = "" if launch.layer is None else f", layer {launch.layer}"
+    return f"{row.label}{layer}, {'x'.join(map(str, launch.grid or ()))} programs"
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -358,13 +364,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{SUMMARY_HEAD}")
     for step in steps:
         print(step.words)
-    lines = findings(steps)
-    print("\nFindings:", *(lines or ["none"]), sep="\n  ")
+    flagged = findings(steps)
+    print("\nFindings:", *(flagged or ["none"]), sep="\n  ")
     if wanted.json is not None:
-        facts: dict[str, Any] = {"limits": asdict(H200), "launch_seconds": LAUNCH_SECONDS, "findings": lines}
+        facts: dict[str, Any] = {"limits": asdict(H200), "launch_seconds": LAUNCH_SECONDS, "findings": flagged}
         facts["steps"] = [step.as_json() for step in steps]
         wanted.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return int(any(line.startswith("DOES NOT COMPILE") for line in lines))
+    return int(any(line.startswith("DOES NOT COMPILE") for line in flagged))
 
 
 def _fitting(row: Row, config: ErnieConfig) -> Row:
