@@ -23,6 +23,7 @@ WIDE = 16
 # A multiprocessor of compute capability 9.0, from the table of the CUDA programming guide.
 _REGISTERS = 65536
 _WARPS = 64
+_SCHEDULERS = 4
 _PROGRAMS = 32
 _SHARED = 228 * 1024
 _RESERVED = 1024  # shared memory that each program takes beside its own
@@ -31,7 +32,7 @@ _REGISTER_UNIT = 256  # that a warp's registers are given in
 
 @dataclass(frozen=True)
 class Loop:
-    """Instructions that run again and again, the innermost ones.
+    """Instructions that run again and again, the innermost ones; how many there are.
 
     `loads`: of global memory, (bytes a thread, whether the data go to shared memory behind the thread's back) -> how
     many. `bulk`: loads of whole tiles by one thread. `local`: of what the registers do not hold, read or written.
@@ -41,11 +42,18 @@ class Loop:
     bulk: int
     local: int
     products: Counter[str]
+    instructions: int = 0
 
     @property
-    def bytes_a_thread(self) -> int:
-        """That one round loads into registers."""
+    def bytes_to_registers(self) -> int:
+        """That one round of a thread loads and waits for."""
         return sum(width * count for (width, to_shared), count in self.loads.items() if not to_shared)
+
+    @property
+    def bytes_an_instruction(self) -> float:
+        """That one round loads, over its instructions; endless where one thread loads whole tiles."""
+        loaded = sum(width * count for (width, _), count in self.loads.items())
+        return float("inf") if self.bulk else loaded / max(1, self.instructions)
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,20 @@ class Code:
 
         Through shared memory all stages but the one that is read; else what a round of the loop loads, at most.
         """
-        resident = min(self.programs_a_processor, max(1.0, programs / PROCESSORS))
         staged = self.shared * (self.stages - 1) / max(1, self.stages) if self.is_pipelined else 0.0
-        in_registers = 32 * self.warps * max((loop.bytes_a_thread for loop in self.loops), default=0)
-        return resident * max(staged, in_registers)
+        in_registers = 32 * self.warps * max((loop.bytes_to_registers for loop in self.loops), default=0)
+        return self._resident(programs) * max(staged, in_registers)
+
+    def bytes_a_cycle(self, programs: int) -> float:
+        """Bytes that one multiprocessor loads in a cycle if every scheduler issues an instruction of the loop in each,
+        which none quite does; those of activations, which come from the cache, count too.
+        """
+        schedulers = min(_SCHEDULERS, self._resident(programs) * self.warps)
+        return 32 * schedulers * max((loop.bytes_an_instruction for loop in self.loops), default=0.0)
+
+    def _resident(self, programs: int) -> float:
+        """Programs that a multiprocessor runs side by side, of a launch of so many; at least one."""
+        return min(self.programs_a_processor, max(1.0, programs / PROCESSORS))
 
 
 def read_code(kernel: Any) -> Code:
@@ -151,11 +169,12 @@ def innermost_loops(lines: Sequence[str]) -> list[tuple[int, int]]:
 def _loop(lines: Sequence[str]) -> Loop:
     loads: Counter[tuple[int, bool]] = Counter()
     products: Counter[str] = Counter()
-    bulk = local = 0
+    bulk = local = instructions = 0
     for line in lines:
         instruction = re.search(r"\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)((?:\.\w+)*)", line)
         if instruction is None:
             continue
+        instructions += 1
         name, kinds = instruction[1], instruction[2].split(".")
         if name in ("LDG", "LDGSTS"):
             loads[_width(kinds), name == "LDGSTS"] += 1
@@ -167,7 +186,7 @@ def _loop(lines: Sequence[str]) -> Loop:
             products["wgmma"] += 1
         elif name in ("HMMA", "QMMA", "IMMA"):
             products["mma.sync"] += 1
-    return Loop(loads, bulk, local, products)
+    return Loop(loads, bulk, local, products, instructions)
 
 
 def _width(kinds: Sequence[str]) -> int:

@@ -14,6 +14,7 @@ whose code says that they waste time:
     NARROW LOADS        innermost loops load from memory by less than 16 bytes a thread
     FEW PROGRAMS        more than 1 MB is read by fewer programs than there are multiprocessors
     LITTLE IN FLIGHT    more than 1 MB is read, and less than 24 KB at once can be on its way to a multiprocessor
+    MANY INSTRUCTIONS   more than 1 MB is read, by a loop of so many instructions that it cannot keep up with memory
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ LAUNCH_SECONDS = 1.3e-6
 """From the end of a kernel to the beginning of the next in a CUDA graph, about."""
 H200 = GpuLimits("an H200 as measured", 141.0, 4300.0, 790.0, 1580.0)
 """What copies and products of large matrices reach there; fp8 products taken as twice as fast as bf16."""
+CLOCK = 1.98e9
+"""Cycles a second of an H200 at most."""
 READS_MUCH = 1e6
 IN_FLIGHT = 24 * 1024
 """Bytes on their way to a Hopper multiprocessor without which it does not get its share of the memory's rate."""
@@ -117,6 +120,9 @@ class Reviewed:
         in_flight = code.bytes_in_flight(launch.programs)
         if much and in_flight < IN_FLIGHT:
             found["LITTLE IN FLIGHT"] = Flag(-in_flight, f"{in_flight / 1024:.0f} KB a multiprocessor")
+        rate = code.bytes_a_cycle(launch.programs) * PROCESSORS * CLOCK / 1e9
+        if much and code.looping and rate < H200.copy_gb_s:
+            found["MANY INSTRUCTIONS"] = Flag(-rate, f"{rate:.0f} GB/s at most by its instructions")
         return found
 
     @property
@@ -148,6 +154,7 @@ class Reviewed:
             facts |= {"registers": code.registers, "stack": code.stack, "shared": code.shared, "warps": code.warps}
             facts |= {"stages": code.stages, "programs_a_processor": code.programs_a_processor}
             facts |= {"loads": dict(code.loads), "products": code.products}
+            facts["loop_instructions"] = [loop.instructions for loop in code.loops]
             facts["bytes_in_flight"] = code.bytes_in_flight(launch.programs)
         return facts
 
@@ -257,7 +264,7 @@ class Step:
         """The step as a line of the summary."""
         target = f"{self.row.target:9.0f}" if self.row.target is not None else 9 * " "
         return (
-            f"{self.row.label:56} {len(self.launches):5} {self.in_graph:5} {self.a_layer:5} "
+            f"{self.row.label:62} {len(self.launches):5} {self.in_graph:5} {self.a_layer:5} "
             f"{LAUNCH_SECONDS * len(self.launches) * 1e3:7.2f} {self.read_bytes / 1e9:7.2f} {self.seconds * 1e3:8.2f} "
             f"{self.row.figure(self.seconds):9.0f} {target}"
         )
@@ -286,7 +293,7 @@ class Step:
 
 
 SUMMARY_HEAD = (
-    f"{'an estimate from counts, not a measurement':56} {'all':>5} {'graph':>5} {'layer':>5} {'ms':>7} {'GB':>7} "
+    f"{'an estimate from counts, not a measurement':62} {'all':>5} {'graph':>5} {'layer':>5} {'ms':>7} {'GB':>7} "
     f"{'ms/step':>8} {'tokens/s':>9} {'target':>9}"
 )
 
@@ -320,7 +327,7 @@ def findings(steps: Sequence[Step]) -> list[str]:
     lines = []
     for (name, kernel, form), kinds in sorted(found.items()):
         flag, where = max(kinds.values(), key=lambda kind: kind[0].badness)
-        lines.append(f"{name:16} {kernel}, {form}: {len(kinds)} of its kernels; the worst {flag.words} ({where})")
+        lines.append(f"{name:17} {kernel}, {form}: {len(kinds)} of its kernels; the worst {flag.words} ({where})")
     return lines
 
 
@@ -363,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     print(f"\n{SUMMARY_HEAD}")
     for step in steps:
-        print(step.words)
+        print(step.words.rstrip())
     flagged = findings(steps)
     print("\nFindings:", *(flagged or ["none"]), sep="\n  ")
     if wanted.json is not None:

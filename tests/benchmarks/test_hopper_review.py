@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,6 +122,8 @@ def test_a_listing_is_read() -> None:
     assert code.spills == 1
     assert code.products == "wgmma"
     assert code.is_pipelined
+    assert code.loops[0].instructions == 6
+    assert code.bytes_a_cycle(1) == 4 * 32 * 36 / 6, "by all four schedulers"
     assert code.narrow_share == pytest.approx(4 / 36)
     assert code.programs_a_processor == 2, "as many as the registers and the shared memory hold"
     assert code.bytes_in_flight(1000) == 2 * 96 * 1024 * 3 / 4
@@ -150,6 +153,9 @@ def test_what_is_flagged() -> None:
         "FEW PROGRAMS": Flag(125000.0, "16 read 2.0 MB"),
         "LITTLE IN FLIGHT": Flag(-6144.0, "6 KB a multiprocessor"),
     }
+    laden = replace(spilling, loops=(replace(loop, instructions=1000),))
+    flag = Reviewed(launch, "k", laden).flags["MANY INSTRUCTIONS"]
+    assert flag.words == f"{4 * 32 * 36 / 1000 * 132 * 1.98:.0f} GB/s at most by its instructions"
     sound = Code(
         64, 0, 60 * 1024, 4, 4, (Loop(loop.loads.__class__({(16, True): 4}), 0, 0, loop.products),), looping=True
     )
