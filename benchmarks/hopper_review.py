@@ -260,9 +260,17 @@ class Step:
         return Counter(one.launch.name for one in self.launches if one.launch.layer is None and not one.launch.in_graph)
 
     @property
+    def launches_allowed(self) -> int | None:
+        """The most launches with which the target can be met, where it can; all else at the limit."""
+        if self.row.target is None:
+            return None
+        work = self.seconds - LAUNCH_SECONDS * len(self.launches)
+        return int((self.row.figure(1.0) / self.row.target - work) / LAUNCH_SECONDS)
+
+    @property
     def words(self) -> str:
         """The step as a line of the summary."""
-        target = f"{self.row.target:9.0f}" if self.row.target is not None else 9 * " "
+        target = "" if self.row.target is None else f"{self.row.target:9.0f} {self.launches_allowed:9}"
         return (
             f"{self.row.label:62} {len(self.launches):5} {self.in_graph:5} {self.a_layer:5} "
             f"{LAUNCH_SECONDS * len(self.launches) * 1e3:7.2f} {self.read_bytes / 1e9:7.2f} {self.seconds * 1e3:8.2f} "
@@ -281,6 +289,7 @@ class Step:
             "estimated_seconds_at_least": self.seconds,
             "estimated_tokens_per_s_at_most": self.row.figure(self.seconds),
             "target": self.row.target,
+            "launches_allowed": self.launches_allowed,
             "sections": [
                 {
                     "title": one.title,
@@ -294,7 +303,7 @@ class Step:
 
 SUMMARY_HEAD = (
     f"{'an estimate from counts, not a measurement':62} {'all':>5} {'graph':>5} {'layer':>5} {'ms':>7} {'GB':>7} "
-    f"{'ms/step':>8} {'tokens/s':>9} {'target':>9}"
+    f"{'ms/step':>8} {'tokens/s':>9} {'target':>9} {'launches':>9}"
 )
 
 
