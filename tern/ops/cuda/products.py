@@ -245,10 +245,10 @@ def _product(
     INTERPRETED: tl.constexpr,
 ):
     """A tile of `out` [rows, columns], or with `APART` of a chunk's float32 sums [splits, rows, weight rows]."""
-    program, routed = tl.program_id(0), EXPERTS > 0
-    if BESIDE:  # the other product comes first: its weight is the deeper one, and its programs take the longest
-        others = other_tiles_n * other_tiles_t
-        routed = program >= others
+    program = tl.program_id(0)
+    others = other_tiles_n * other_tiles_t if BESIDE else 0
+    routed = program >= others  # the other product comes first: its weight is deeper, its programs take the longest
+    if BESIDE:
         if routed:
             program -= others
         else:
@@ -271,9 +271,12 @@ def _product(
     inside = places < end
     places = tl.minimum(places, end - 1)  # rows past the end are computed again and not stored
     read, written = places, places
-    if routed:
-        pairs = tl.load(order + places)
-        read, written = (pairs // PAIRS, places) if GATED else (places, pairs)
+    if EXPERTS:
+        pairs = tl.load(order + places, mask=places < tl.where(routed, end, 0), other=0)
+        if GATED:
+            read = tl.where(routed, pairs // PAIRS, places)
+        else:
+            written = tl.where(routed, pairs, places)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     kept = tl.minimum(column, columns - 1)
     parts: tl.constexpr = 2 if GATED else 1
