@@ -147,6 +147,15 @@ def test_a_row_of_nan_is_routed_somewhere_and_shows(device: torch.device) -> Non
     assert weights[[0, 2]].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's numpy
+def test_a_nan_of_one_expert_shows_in_all_weights(device: torch.device) -> None:
+    x, weight, bias = (tensor.to(device) for tensor in layer(2, 16, 5, torch.float32))
+    weight[3, 2] = math.nan
+    weights, chosen = route(x, weight, bias, 2, 1e-12)
+    assert weights.isnan().all()
+    assert ((chosen >= 0) & (chosen < 5)).all()
+
+
 def test_what_lies_beside_is_not_read(device: torch.device) -> None:
     x, weight, bias = (tensor.to(device) for tensor in layer(3, 40, 6, torch.float32))
     padded, router_padded = torch.full((5, 64), math.nan, device=device), torch.full((8, 64), math.nan, device=device)
