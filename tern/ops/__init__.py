@@ -44,6 +44,7 @@ from tern.ops.reference import (
     write_kv,
 )
 from tern.ops.reference_sampling import Draws, likeliest
+from tern.ops.router import Router
 from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Fp8Weight",
     "GpuWeight",
     "PackedWeight",
+    "Router",
     "RowPackedWeight",
     "SwiGLUWeights",
     "Weight",
@@ -72,6 +74,7 @@ __all__ = [
     "likeliest",
     "linear",
     "mix_experts",
+    "mixture",
     "pack",
     "packed_shapes",
     "paged_attention",
@@ -185,6 +188,16 @@ def mix_experts(
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return reference.mix_experts(x, weights, experts, gate_up, down, shared, _gated(x))
     return reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
+
+
+def mixture(x: Tensor, router: Router, gate_up: Weight, down: Weight, shared: SwiGLUWeights | None = None) -> Tensor:
+    """`mix_experts` of what `route` gives for `x` [T, H] -> [T, H]; a GPU computes them in fewer launches."""
+    if on_gpu(x) and isinstance(gate_up, GpuWeight) and isinstance(down, GpuWeight):
+        from tern.ops import cuda
+
+        return cuda.mixture(x, router, gate_up, down, shared)
+    chosen = route(x, router.weight, router.correction_bias, router.experts_per_token, router.norm_min)
+    return mix_experts(x, *chosen, gate_up, down, shared)
 
 
 def rotate_and_store(

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-KERNELS = {"_product", "_finish_rows", "_sort", "_weighted_sums"}
+KERNELS = {"_product", "_finish_rows", "_sort", "_weighted_sums", "_multiply", "_choose", "_multiply_choose_and_sort"}
 
 
 @pytest.mark.parametrize("kind", ["plain", "int8", "int4", "fp8"])
