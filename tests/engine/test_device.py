@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_engine_model import network
 
-from tern.checkpoint import GenerationConfig, ModelSource, resolve_model
-from tern.engine import EngineOptions
 from tern.engine.device import (
     GpuFacts,
     current,
@@ -21,7 +17,6 @@ from tern.engine.device import (
     resolve_device,
     unfit,
 )
-from tern.engine.fits import check_fits, does_not_fit
 from tern.errors import OptionError
 
 GB = 10**9
@@ -118,22 +113,6 @@ def test_other_processes_on_the_card_are_named(
     Cards(monkeypatch, ("NVIDIA H100", (9, 0), 80, 19))
     resolve_device("cuda")
     assert "other processes hold 60.0 GB of cuda:0 (NVIDIA H100)" in caplog.text
-
-
-def test_a_model_that_is_too_large_says_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source, device = resolve_model("dummy:ernie-4.5-21b-a3b"), torch.device("cuda:0")
-    monkeypatch.setattr("tern.engine.fits.free_memory", lambda on: (24 if on.type == "cuda" else 60) * GB)
-    wanted = (
-        r"does not fit on cuda:0: its weights are 43.7 GB in bfloat16.* 24.0 GB are free. "
-        r"What fits: .*cpu in bfloat16 \(43.7 GB\), max_model_len up to 131072; cpu in wint8 .*cpu in wint4 "
-    )
-    with pytest.raises(OptionError, match=wanted):
-        check_fits(source, EngineOptions(), device)
-    check_fits(source, EngineOptions(), torch.device("cpu"))
-    small = ModelSource("small", tmp_path, network("moe").config, GenerationConfig(frozenset()))
-    check_fits(small, EngineOptions(), device)
-    monkeypatch.setattr("tern.engine.fits.free_memory", lambda _: GB)
-    assert "Nothing here has memory enough" in str(does_not_fit(source, device))
 
 
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
