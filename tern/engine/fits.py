@@ -194,9 +194,8 @@ def does_not_fit(
     cache = "the cache that the options ask for" if is_given(options) else f"the cache of {need.tokens} tokens"
     return OptionError(
         f"{source.name} does not fit on {device}: its weights {kept}are {gigabytes(weights)} in {sizes.precision}, "
-        f"{cache} is {gigabytes(need.size)}, steps of "
-        f"{options.max_num_batched_tokens} tokens take about {gigabytes(room.running)}, and "
-        f"there are {room}. {advice}"
+        f"{cache} is {gigabytes(need.size)}, steps of {options.max_num_batched_tokens} tokens take about "
+        f"{gigabytes(room.running)}, and there are {room}. {advice}"
     )
 
 

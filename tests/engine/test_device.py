@@ -37,6 +37,7 @@ class Cards:
             _, _, total, free = cards[number(device)]
             return int(free * GB), int(total * GB)
 
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         patch.setattr("torch.version.cuda", "13.0")
         patch.setattr("torch.cuda.is_available", lambda: bool(cards))
         patch.setattr("torch.cuda.device_count", lambda: len(cards))
@@ -81,6 +82,30 @@ def test_a_number_beyond_the_cards_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(OptionError, match="device is 'cuda:2', but there are 2 GPUs here: choose cuda:0 to cuda:1"):
         resolve_device("cuda:2")
+    Cards(monkeypatch, ("NVIDIA H100", (9, 0), 80.0, 79.5))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    wanted = "'split:7', but there is 1 GPU here; CUDA_VISIBLE_DEVICES is '1': choose split:0"
+    with pytest.raises(OptionError, match=wanted):
+        resolve_device("split:7")
+
+
+@pytest.mark.parametrize(
+    ("visible", "said"),
+    [
+        ("", "CUDA_VISIBLE_DEVICES is '', which hides every card: unset it"),
+        ("-1", "CUDA_VISIBLE_DEVICES is '-1', which hides every card: unset it"),
+        ("MIG-4a5b", r"can be used \(No CUDA GPUs are available; CUDA_VISIBLE_DEVICES is 'MIG-4a5b'\): install"),
+    ],
+)
+def test_cards_that_are_hidden_are_named(visible: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("No CUDA GPUs are available")
+
+    Cards(monkeypatch)
+    monkeypatch.setattr("torch.cuda.init", init)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(OptionError, match=said):
+        resolve_device("cuda")
 
 
 @pytest.mark.parametrize(
