@@ -124,6 +124,7 @@ def test_fp8_is_the_stored_weights_rounded(tmp_path: Path, quantization: str) ->
     assert sum(weight.nbytes for weight in found.values()) == size
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
 def test_a_gguf_arrives_as_on_the_cpu(tmp_path: Path, quantization: str | None) -> None:
     write_gguf(tmp_path / "it.gguf", wide_moe(), "Q4_0")
