@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 import weakref
 from bisect import bisect_left
 from collections import deque
@@ -145,6 +146,8 @@ class Engine:
             try:
                 return cls._load(source, options, device, dtype, split, progress)
             except torch.OutOfMemoryError as error:
+                traceback.clear_frames(error.__traceback__)  # else what was loaded stays, and little seems to be there
+                free_unused_memory(device)
                 raise does_not_fit(source, options, dtype_of(source, options), device, split) from error
 
     @classmethod

@@ -78,11 +78,12 @@ class WeightSizes:
 class CacheNeed:
     """The cache that an engine must have at least: `size` bytes, which is one sequence of `tokens` unless it is given.
 
-    `token_size`: bytes that a token takes in it, in the predictor's too.
+    `token_size`: bytes that a token takes in it, in the predictor's too; they come in blocks of `block_size` tokens.
     """
 
     tokens: int
     token_size: float
+    block_size: int
     size: int
 
     @classmethod
@@ -97,7 +98,11 @@ class CacheNeed:
         token_size: float = token_bytes(config, kv_dtype)
         if config.num_nextn_predict_layers and options.speculation in ("auto", "mtp"):
             token_size *= (config.num_hidden_layers + 1) / config.num_hidden_layers
-        return cls(tokens, token_size, int(blocks * options.block_size * token_size))
+        return cls(tokens, token_size, options.block_size, int(blocks * options.block_size * token_size))
+
+    def longest(self, size: int) -> int:
+        """The longest sequence, in tokens, that a cache of `size` bytes holds."""
+        return int(size / self.token_size) // self.block_size * self.block_size
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class Room:
 
     def longest_context(self, config: ErnieConfig, need: CacheNeed, weights: int) -> int:
         """The longest sequence, in tokens, whose cache fits beside `weights`; 0: none."""
-        return min(config.max_position_embeddings, int(self.for_cache(weights) / need.token_size))
+        return min(config.max_position_embeddings, need.longest(self.for_cache(weights)))
 
     def __str__(self) -> str:
         """In words: how much there is for weights, cache and steps."""

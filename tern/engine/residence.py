@@ -55,11 +55,11 @@ def choose_residence(sizes: WeightSizes, need: CacheNeed, gpu: Room, host: Room)
 
 def _hint(sizes: WeightSizes, need: CacheNeed, gpu: Room, host: Room) -> str:
     """What a shorter sequence would allow, as a sentence, or nothing."""
-    whole = int(gpu.for_cache(sizes.on_gpu) / need.token_size)
+    whole = need.longest(gpu.for_cache(sizes.on_gpu))
     if whole:
         return f" With max_model_len up to {whole} they would lie there whole."
     for beside, experts in sizes.split.values():
-        split = int(gpu.for_cache(beside) / need.token_size)
+        split = need.longest(gpu.for_cache(beside))
         if experts <= host.for_weights and 0 < split < need.tokens:
             return f" With max_model_len up to {split} only the routed experts would lie in the host's memory."
     return ""

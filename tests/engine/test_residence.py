@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +92,7 @@ def test_what_is_chosen(
 
 
 def test_the_limits_are_exact() -> None:
-    each, need = WeightSizes(100, 100, {"wint8": (10, 50), "wint4": (10, 25)}), CacheNeed(4, 5.0, 20)
+    each, need = WeightSizes(100, 100, {"wint8": (10, 50), "wint4": (10, 25)}), CacheNeed(4, 5.0, 1, 20)
 
     def gpu(size: int) -> Room:
         return Room(GpuMemory(size + 7, size + 7, 7), 7, 1.0)
@@ -178,9 +180,9 @@ def test_an_explicit_gpu_is_checked_in_every_form(
     offered = re.search(said, str(refused.value))
     if offered is not None and offered.groups():  # what is said to fit does, and no more
         length = int(offered[1])
-        resolve_residence(EngineOptions(**given, max_model_len=length // 16 * 16), SOURCE, GPU)
+        resolve_residence(EngineOptions(**given, max_model_len=length), SOURCE, GPU)
         with pytest.raises(OptionError, match="does not fit on cuda:0"):
-            resolve_residence(EngineOptions(**given, max_model_len=length + 16), SOURCE, GPU)
+            resolve_residence(EngineOptions(**given, max_model_len=length + 1), SOURCE, GPU)
 
 
 def test_what_cannot_be_computed_there_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +200,25 @@ def test_nothing_is_read_for_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("tern.engine.engine.load_model", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(OptionError, match="What fits: quantization wint4 on cuda:0"):
         Engine.open(SOURCE, EngineOptions(device="cuda", quantization="wint8"))
+
+
+def test_what_was_loaded_lets_go_before_the_rest_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch, 80, 64, (8, 9))
+    loaded: list[weakref.ref[torch.Tensor]] = []
+
+    def load(*_: Any, **__: Any) -> None:
+        tensor = torch.zeros(3)
+        loaded.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def emptied(_: torch.device) -> None:
+        assert [each() for each in loaded] == [None]
+
+    monkeypatch.setattr("tern.engine.engine.load_model", load)
+    monkeypatch.setattr("tern.engine.engine.free_unused_memory", emptied)
+    monkeypatch.setattr("tern.engine.engine.current", lambda _: nullcontext())
+    with pytest.raises(OptionError, match="does not fit on cuda:0"):
+        Engine.open(SOURCE, EngineOptions(device="cuda"))
 
 
 def test_a_predictor_has_a_layer_of_cache_too() -> None:
