@@ -1,4 +1,5 @@
-"""Operations by Triton kernels on an NVIDIA GPU. Same names, arguments and results as the reference.
+"""Operations by Triton kernels on an NVIDIA GPU. Same names, arguments and results as the reference, but for the forms
+in which one kernel hands rows to the next: `tern.ops.delta.ExpertOutputs` and `tern.ops.gpu_weights.Fp8Rows`.
 
 Imported when a tensor lies on a GPU, or by a test: an installation for processors has no Triton and never looks for it.
 """
@@ -6,7 +7,7 @@ Imported when a tensor lies on a GPU, or by a test: an installation for processo
 from tern.ops.cuda.attention import GpuPlan, paged_attention
 from tern.ops.cuda.experts import mix_experts
 from tern.ops.cuda.matmul import linear, swiglu
-from tern.ops.cuda.norms import add_rms_norm, add_rms_norm_to_fp8
+from tern.ops.cuda.norms import add_rms_norm
 from tern.ops.cuda.rotary import rotate_and_store
 from tern.ops.cuda.router import route
 from tern.ops.cuda.sampling import draw, keep_allowed, largest
@@ -14,7 +15,6 @@ from tern.ops.cuda.sampling import draw, keep_allowed, largest
 __all__ = [
     "GpuPlan",
     "add_rms_norm",
-    "add_rms_norm_to_fp8",
     "draw",
     "keep_allowed",
     "largest",

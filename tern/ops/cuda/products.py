@@ -18,7 +18,7 @@ from torch import Tensor
 from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
 from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
-from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight
+from tern.ops.gpu_weights import Fp8Rows, Fp8Weight, GpuWeight, RowPackedWeight, Rows, plain_rows
 
 _GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
 _FINISH_COLUMNS = 256
@@ -51,13 +51,12 @@ def kind_of(weight: GpuWeight) -> Kind:
 
 
 def multiply(
-    x: Tensor,
+    x: Rows,
     weight: GpuWeight,
     bias: Tensor | None = None,
     *,
     gated: bool = False,
     routing: Routing | None = None,
-    rounded: tuple[Tensor, Tensor] | None = None,
     tiling: tuple[Sums, Tile] | None = None,
 ) -> Tensor:
     """`x` [T, in] times `weight` [out, in] -> [T, out]; silu(gate) * up of its halves [T, out / 2] if `gated`.
@@ -67,7 +66,7 @@ def multiply(
     them in the order of pairs. A gated product with plain weights rounds gate, up and silu(gate) to the type of `x`,
     as the reference does; others round once.
 
-    `rounded` is `round_rows_to_fp8(x)` where it is known; `tiling` takes the place of what `choose` finds.
+    `tiling` takes the place of what `choose` finds.
 
     Raises `ValueError` if rows and weight differ in depth.
     """
@@ -80,7 +79,7 @@ def multiply(
     if out.numel() == 0:
         return out
     kind = kind_of(weight)
-    values, x_scales = (rounded or round_rows_to_fp8(x)) if kind == "fp8" else (x.contiguous(), x)
+    values, x_scales = _operand(x, kind)
     shape = Shape(kind, columns, depth, gated, routing is not None, values.element_size())
     sums, tile = tiling or choose(shape, rows if routing is None else -(-rows // routing.experts))
     tiles_n, tiles_t = -(-columns // tile.block_n), _tiles_of_rows(rows, routing, tile)
@@ -108,6 +107,15 @@ def multiply(
         grid, sizes = (rows, -(-columns // _FINISH_COLUMNS)), {"SPLITS": sums.splits, "BLOCK": _FINISH_COLUMNS}
         _finish_rows[grid](out, target, scales, added, rows, columns, **sizes, **finish)
     return out
+
+
+def _operand(x: Rows, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Rows as the kernel reads them beside this kind of weight, and their scales; in place of none, the rows."""
+    if kind == "fp8":
+        rounded = x if isinstance(x, Fp8Rows) else round_rows_to_fp8(x)
+        return rounded.values, rounded.scales
+    plain = plain_rows(x).contiguous()
+    return plain, plain
 
 
 def _constants(routing: Routing | None, tile: Tile) -> dict[str, int]:
