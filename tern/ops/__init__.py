@@ -42,9 +42,7 @@ from tern.ops.reference import (
     cached_head_dim,
     embed,
     kv_cache_shapes,
-    rms_norm,
     rotary_frequencies,
-    rotary_table,
     write_kv,
 )
 from tern.ops.reference_sampling import Draws, likeliest
@@ -175,6 +173,11 @@ def add_rms_norm(
     return reference.add_rms_norm(delta, residual, weight, eps)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The rows `x` [T, H] normed, as `tern.ops.reference.rms_norm`."""
+    return add_rms_norm(None, x, weight, eps)[0]
+
+
 def route(
     x: Rows, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
 ) -> tuple[Tensor, Tensor]:
@@ -207,6 +210,15 @@ def mix_experts(
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return reference.mix_experts(x, weights, experts, gate_up, down, shared, _gated(x))
     return reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for `positions` [T] -> two [T, D] float32; see `tern.ops.reference.rotary_table`."""
+    if on_gpu(positions):
+        from tern.ops import cuda
+
+        return cuda.rotary_table(positions, frequencies)
+    return reference.rotary_table(positions, frequencies)
 
 
 def rotate_and_store(

@@ -9,6 +9,7 @@ from tern.ops.cuda.experts import mix_experts
 from tern.ops.cuda.matmul import linear, swiglu
 from tern.ops.cuda.norms import add_rms_norm
 from tern.ops.cuda.rotary import rotate_and_store
+from tern.ops.cuda.rotary_table import rotary_table
 from tern.ops.cuda.router import route
 from tern.ops.cuda.sampling import draw, keep_allowed, largest
 
@@ -21,6 +22,7 @@ __all__ = [
     "linear",
     "mix_experts",
     "paged_attention",
+    "rotary_table",
     "rotate_and_store",
     "route",
     "swiglu",

@@ -41,7 +41,7 @@ def add_rms_norm(
             INTERPRETED=INTERPRETED,
             BLOCK=block,
             GROUP=GROUP,
-            num_warps=min(16, max(1, block // 512)),
+            num_warps=min(16, max(1, block // 256)),
         )
     normed = plain if rounded is None else rounded
     assert normed is not None
@@ -62,8 +62,9 @@ def _addends(delta: Delta | None) -> tuple[tuple[Tensor | None, ...], dict[str, 
 
 
 # Bound by memory, and with few rows by its latency: a row is read and written once. All of it lies in one program's
-# registers, 16 numbers a thread, so that they are loaded by 16 bytes, and what does not wait for another load is on its
-# way before the first sum.
+# registers: 8 numbers a thread, which is one load of 16 bytes. With 16 the compiler loads half of a token's experts
+# when it has added the others. It also puts off loads that are needed late, until others have arrived: what is needed
+# first is therefore loaded last, behind a barrier that no load passes.
 @triton.jit
 def _add_rms_norm(
     residual,
@@ -97,18 +98,20 @@ def _add_rms_norm(
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     dtype: tl.constexpr = residual.dtype.element_ty
-    loaded = tl.load(residual + start + columns, mask=inside, other=0.0)
     scaling = tl.load(weight + columns, mask=inside, other=0.0)
-    x = loaded.to(tl.float32)
+    if HAS_SHARED:
+        beside = tl.load(shared + start + columns, mask=inside, other=0.0)
+    if not HAS_DELTA:
+        tl.debug_barrier()
+    x = tl.load(residual + start + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        if HAS_SHARED:
-            beside = tl.load(shared + start + columns, mask=inside, other=0.0)
         if PAIRS:
             total = _weighted_sum(delta, pair_weights, pair_experts, row, width, columns, PAIRS, PAIRS_PADDED)
             added = narrow(total, dtype, INTERPRETED).to(tl.float32)
             if HAS_SHARED:
                 added = narrow(added + beside.to(tl.float32), dtype, INTERPRETED).to(tl.float32)
         else:
+            tl.debug_barrier()
             added = tl.load(delta + start + columns, mask=inside, other=0.0).to(tl.float32)
         stream = narrow(x + added, dtype, INTERPRETED)
         tl.store(summed + start + columns, stream, mask=inside)
@@ -136,10 +139,14 @@ def _weighted_sum(outputs, weights, experts, token, width, columns, PAIRS: tl.co
     lower, equal = expert[None, :] < expert[:, None], expert[None, :] == expert[:, None]
     sooner = lower | (equal & (pair[None, :] < pair[:, None]))
     rank = tl.sum(sooner.to(tl.int32), axis=1)
+    rows = ()
+    for place in tl.static_range(PAIRS - 1, -1, -1):
+        if place == 0:
+            tl.debug_barrier()
+        own = tl.sum(tl.where(rank == place, pair, 0), axis=0)
+        row = tl.load(outputs + (token * PAIRS + own) * width + columns, mask=columns < width, other=0.0)
+        rows = rows + (row,)  # type: ignore[assignment]  # noqa: RUF005
     total = tl.zeros(columns.shape, tl.float32)
     for place in tl.static_range(PAIRS):
-        own = tl.sum(tl.where(rank == place, pair, 0), axis=0)
-        factor = tl.sum(tl.where(rank == place, weight, 0.0), axis=0)
-        row = tl.load(outputs + (token * PAIRS + own) * width + columns, mask=columns < width, other=0.0)
-        total += row.to(tl.float32) * factor
+        total += rows[PAIRS - 1 - place].to(tl.float32) * tl.sum(tl.where(rank == place, weight, 0.0), axis=0)
     return total
