@@ -7,6 +7,7 @@ panels for processors; the numbers are the same, so that a model packed once ans
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -157,19 +158,51 @@ class Fp8Weight:
 class Fp8Rows:
     """Activations [T, in] as products with an fp8 weight take them: `round_rows_to_fp8`, done once for all readers.
 
-    `values` float8_e4m3fn [T, in], `scales` float32 [T, ceil(in / 128)]; `plain` [T, in] are the rows before rounding,
-    None where nobody reads those.
+    `values` float8_e4m3fn [T, in], `scales` float32 [T, ceil(in / 128)]. `dtype` is the type of the rows before
+    rounding, and of what is made from these; `plain` [T, in] are those rows, None where nobody reads them.
     """
 
     values: Tensor
     scales: Tensor
+    dtype: torch.dtype
     plain: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, in]."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.values.device
 
 
 GpuWeight = Tensor | RowPackedWeight | Fp8Weight
 """What a GPU's linear layer multiplies with."""
 Weight = GpuWeight | PackedWeight
 """What a linear layer multiplies with."""
+Rows = Tensor | Fp8Rows
+"""What a linear layer multiplies: activations [T, in]."""
+RowForm = Literal["plain", "fp8", "both"]
+"""How whoever makes rows should hand them on: a tensor, `Fp8Rows`, or `Fp8Rows` with the plain rows beside them."""
+
+
+def row_form(*readers: Weight) -> RowForm:
+    """The form of rows that are multiplied with these weights."""
+    fp8 = {isinstance(reader, Fp8Weight) for reader in readers}
+    if len(fp8) == 2:
+        return "both"
+    return "fp8" if True in fp8 else "plain"
+
+
+def plain_rows(rows: Rows) -> Tensor:
+    """The rows as they were before rounding. Raises `ValueError` if they were not kept."""
+    if isinstance(rows, Tensor):
+        return rows
+    if rows.plain is None:
+        raise ValueError("rows in fp8 alone cannot meet a weight that is not in fp8: ask for both forms")
+    return rows.plain
 
 
 def round_to_fp8(weight: Tensor, *, block_wise: bool) -> Fp8Weight:
@@ -215,16 +248,13 @@ def _scales(peaks: Tensor) -> Tensor:
     return torch.where(wide > 0, wide / FP8_MAX, 1.0)
 
 
-def round_rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round activations `x` [T, in], each token's groups of 128 by a scale of their own.
-
-    Returns float8_e4m3fn [T, in] and float32 [T, ceil(in / 128)].
-    """
+def round_rows_to_fp8(x: Tensor) -> Fp8Rows:
+    """Round activations `x` [T, in], each token's groups of 128 by a scale of their own."""
     wide = functional.pad(x.float(), (0, -x.shape[1] % BLOCK)).view(x.shape[0], -(-x.shape[1] // BLOCK), BLOCK)
     peaks = wide.abs().amax(dim=2)
     scales = torch.where(peaks > 0, peaks / FP8_MAX, 1.0)
     values = (wide / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).flatten(1)[:, : x.shape[1]]
-    return values.to(FP8), scales
+    return Fp8Rows(values.to(FP8), scales, x.dtype, x)
 
 
 def product(x: Tensor, weight: GpuWeight) -> Tensor:
@@ -234,8 +264,9 @@ def product(x: Tensor, weight: GpuWeight) -> Tensor:
     stay what they are.
     """
     if isinstance(weight, Fp8Weight):
-        values, scales = round_rows_to_fp8(x)
-        return (values.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]) @ weight.floats().t()
+        rows = round_rows_to_fp8(x)
+        spread = rows.scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]
+        return (rows.values.float() * spread) @ weight.floats().t()
     if isinstance(weight, RowPackedWeight):
         depth = weight.integers().shape[1]
         padded = functional.pad(x.float(), (0, depth - x.shape[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,9 +12,11 @@ from tern.ops.gpu_weights import (
     BLOCK,
     FP8_MAX,
     RowPackedWeight,
+    plain_rows,
     product,
     round_rows_to_fp8,
     round_to_fp8,
+    row_form,
 )
 from tern.ops.packed import unpack
 from tests.memory_peak import MemoryPeak
@@ -93,9 +97,26 @@ def test_rounding_to_fp8_takes_the_memory_of_a_run(block_wise: bool, monkeypatch
 
 def test_fp8_of_zeros() -> None:
     assert not round_to_fp8(torch.zeros(8, 8), block_wise=True).floats().any()
-    values, scales = round_rows_to_fp8(torch.zeros(2, 200))
-    assert not values.float().any()
-    assert scales.shape == (2, 2)
+    rows = round_rows_to_fp8(torch.zeros(2, 200))
+    assert not rows.values.float().any()
+    assert rows.scales.shape == (2, 2)
+    assert rows.shape == (2, 200)
+
+
+def test_the_form_of_rows_follows_from_who_reads_them() -> None:
+    plain, packed = noise(4, 32), reference_packed.pack(noise(16, 32), 4)
+    fp8 = round_to_fp8(plain, block_wise=True)
+    assert row_form(plain, RowPackedWeight.of(packed), packed) == "plain"
+    assert row_form(fp8, fp8) == "fp8"
+    assert row_form(plain, fp8) == row_form(fp8, packed) == "both"
+
+
+def test_rows_in_fp8_alone_are_not_plain() -> None:
+    x = noise(2, 8)
+    rows = round_rows_to_fp8(x)
+    assert plain_rows(x) is plain_rows(rows) is x
+    with pytest.raises(ValueError, match="ask for both forms"):
+        plain_rows(replace(rows, plain=None))
 
 
 @pytest.mark.parametrize("rows", [1, 7])

@@ -18,7 +18,7 @@ from torch import Tensor
 from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
 from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
-from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight
+from tern.ops.gpu_weights import Fp8Rows, Fp8Weight, GpuWeight, RowPackedWeight, Rows, plain_rows
 
 _GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
 _FINISH_COLUMNS = 256
@@ -45,14 +45,12 @@ class Routing:
 class Beside:
     """A product that the launch of a product of experts computes too: `x` [T, in] by `weight` [out, in] -> `out`.
 
-    Of the kind, type and gating of the experts' product, and without a bias. `out` [T, out], or [T, out / 2] if gated;
-    `rounded` is `round_rows_to_fp8(x)` where it is known.
+    Of the kind, type and gating of the experts' product, and without a bias. `out` [T, out], or [T, out / 2] if gated.
     """
 
-    x: Tensor
+    x: Rows
     weight: GpuWeight
     out: Tensor
-    rounded: tuple[Tensor, Tensor] | None = None
 
 
 def kind_of(weight: GpuWeight) -> Kind:
@@ -65,13 +63,12 @@ def kind_of(weight: GpuWeight) -> Kind:
 
 
 def multiply(
-    x: Tensor,
+    x: Rows,
     weight: GpuWeight,
     bias: Tensor | None = None,
     *,
     gated: bool = False,
     routing: Routing | None = None,
-    rounded: tuple[Tensor, Tensor] | None = None,
     tiling: tuple[Sums, Tile] | None = None,
     beside: Beside | None = None,
 ) -> Tensor:
@@ -82,8 +79,8 @@ def multiply(
     them in the order of pairs. A gated product with plain weights rounds gate, up and silu(gate) to the type of `x`,
     as the reference does; others round once.
 
-    `rounded` is `round_rows_to_fp8(x)` where it is known; `tiling` takes the place of what `choose` finds. The product
-    `beside` is added up as the experts' are, in one chunk, so that its sums do not depend on the number of its rows.
+    `tiling` takes the place of what `choose` finds. The product `beside` is added up as the experts' are, in one chunk,
+    so that its sums do not depend on the number of its rows.
 
     Raises `ValueError` if rows and weight differ in depth.
     """
@@ -96,7 +93,7 @@ def multiply(
     if out.numel() == 0:
         return out
     kind = kind_of(weight)
-    values, x_scales = (rounded or round_rows_to_fp8(x)) if kind == "fp8" else (x.contiguous(), x)
+    values, x_scales = _operand(x, kind)
     shape = Shape(kind, columns, depth, gated, routing is not None, values.element_size())
     sums, tile = tiling or choose(shape, rows if routing is None else -(-rows // routing.experts))
     tiles_n, tiles_t = -(-columns // tile.block_n), _tiles_of_rows(rows, routing, tile)
@@ -139,13 +136,22 @@ def _beside(
     x = beside.x
     if x.shape[1] != depth or kind_of(beside.weight) != kind:
         raise ValueError(f"rows {list(x.shape)} cannot meet {list(beside.weight.shape)} beside experts of {kind}")
-    values, x_scales = (beside.rounded or round_rows_to_fp8(x)) if kind == "fp8" else (x.contiguous(), x)
+    values, x_scales = _operand(x, kind)
     columns = weight_rows // 2 if gated else weight_rows
     stored = _stored(beside.weight, words=words)
     scales, _, scales_row, scales_depth = _scales(beside.weight)
     tiles_n, tiles_t = -(-columns // tile.block_n), -(-x.shape[0] // tile.block_t)
     numbers = (x.shape[0], columns, depth, stored[0].shape[-1], tiles_n, tiles_t, scales_row, scales_depth)
     return (beside.out, values, x_scales, *stored, scales), numbers, tiles_n * tiles_t
+
+
+def _operand(x: Rows, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Rows as the kernel reads them beside this kind of weight, and their scales; in place of none, the rows."""
+    if kind == "fp8":
+        rounded = x if isinstance(x, Fp8Rows) else round_rows_to_fp8(x)
+        return rounded.values, rounded.scales
+    plain = plain_rows(x).contiguous()
+    return plain, plain
 
 
 def _constants(routing: Routing | None, tile: Tile) -> dict[str, int]:

@@ -51,7 +51,7 @@ def test_mix_experts(kind: str, tokens: int, per_token: int, only: int | None, d
     with_shared = shared if tokens != 3 else None
     expected = reference_gpu.mix_experts(x, weights, experts, gate_up, down, with_shared)
     there = [tensor.to(device) for tensor in (x, weights, experts, gate_up, down)]
-    found = mix_experts(*there, None if with_shared is None else moved(shared, device))
+    found = mix_experts(*there, None if with_shared is None else moved(shared, device)).sum()
     assert_close(found.cpu(), expected, tolerance=TOLERANCES[kind])
 
 
@@ -65,7 +65,7 @@ def test_bfloat16(kind: str, device: torch.device) -> None:
     x = noise(9, 128).bfloat16()
     expected = reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
     there = [tensor.to(device) for tensor in (x, weights, experts, gate_up, down)]
-    assert_close(mix_experts(*there, moved(shared, device)).cpu(), expected, tolerance=1.5e-2)
+    assert_close(mix_experts(*there, moved(shared, device)).sum().cpu(), expected, tolerance=1.5e-2)
 
 
 def test_the_reference_for_a_gpu_is_the_reference() -> None:
@@ -88,9 +88,9 @@ def test_a_token_is_the_same_in_any_batch(kind: str, device: torch.device) -> No
         gate_up, down = gate_up.bfloat16(), down.bfloat16()
         shared = SwiGLUWeights(shared.gate_up.bfloat16(), shared.down.bfloat16())
     x = x.bfloat16()
-    whole = mix_experts(x, weights, experts, gate_up, down, shared)
+    whole = mix_experts(x, weights, experts, gate_up, down, shared).sum()
     for rows in (slice(0, 1), slice(7, 8), slice(3, 20)):
-        alone = mix_experts(x[rows], weights[rows], experts[rows], gate_up, down, shared)
+        alone = mix_experts(x[rows], weights[rows], experts[rows], gate_up, down, shared).sum()
         assert torch.equal(alone, whole[rows])
 
 
@@ -113,7 +113,7 @@ def test_a_shared_expert_of_any_width(kind: str, hidden: int, width: int, wide: 
         x = noise(tokens, hidden)
         expected = reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
         there = [tensor.to(device) for tensor in (x, weights, experts, gate_up, down)]
-        assert_close(mix_experts(*there, moved(shared, device)).cpu(), expected, tolerance=TOLERANCES[kind])
+        assert_close(mix_experts(*there, moved(shared, device)).sum().cpu(), expected, tolerance=TOLERANCES[kind])
 
 
 def test_a_shared_expert_of_another_kind_or_with_biases(device: torch.device) -> None:
@@ -129,7 +129,7 @@ def test_a_shared_expert_of_another_kind_or_with_biases(device: torch.device) ->
     for other in others:
         expected = reference_gpu.mix_experts(x, weights, experts, gate_up, down, other)
         biases = (None if bias is None else bias.to(device) for bias in (other.gate_up_bias, other.down_bias))
-        found = mix_experts(*there, SwiGLUWeights(other.gate_up.to(device), other.down.to(device), *biases))
+        found = mix_experts(*there, SwiGLUWeights(other.gate_up.to(device), other.down.to(device), *biases)).sum()
         assert_close(found.cpu(), expected, tolerance=TOLERANCES["int8"])
 
 
@@ -140,7 +140,7 @@ def test_block_wise_beside_whole_scales(device: torch.device) -> None:
     x = noise(5, 260)
     expected = reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
     there = [tensor.to(device) for tensor in (x, weights, experts, gate_up, down)]
-    assert_close(mix_experts(*there, moved(shared, device)).cpu(), expected, tolerance=TOLERANCES["fp8-whole"])
+    assert_close(mix_experts(*there, moved(shared, device)).sum().cpu(), expected, tolerance=TOLERANCES["fp8-whole"])
 
 
 def test_what_does_not_fit_beside_is_refused(device: torch.device) -> None:
@@ -163,7 +163,7 @@ def test_a_mixture(kind: str, device: torch.device) -> None:
         chosen = reference.route(x, router.weight, router.correction_bias, 3, 1e-12)
         expected = reference_gpu.mix_experts(x, *chosen, gate_up, down, shared)
         tensors = (tensor.to(device) for tensor in (gate_up, down))
-        found = mixture(x.to(device), there, *tensors, moved(shared, device))
+        found = mixture(x.to(device), there, *tensors, moved(shared, device)).sum()
         assert_close(found.cpu(), expected, tolerance=1e-5)
 
 
@@ -172,6 +172,6 @@ def test_a_nan_stays_with_its_token(device: torch.device) -> None:
     weights, experts = choices(6, 2)
     x = noise(6, 48)
     x[2] = math.nan
-    found = mix_experts(*(tensor.to(device) for tensor in (x, weights, experts, gate_up, down))).cpu()
+    found = mix_experts(*(tensor.to(device) for tensor in (x, weights, experts, gate_up, down))).sum().cpu()
     assert found[2].isnan().all()
     assert torch.cat((found[:2], found[3:])).isfinite().all()
