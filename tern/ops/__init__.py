@@ -6,7 +6,7 @@ weights, is the reference in plain torch.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,15 @@ from tern.ops import (
     reference_sampling,
     split_experts,
 )
-from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, Weight, round_to_fp8
+from tern.ops.gpu_weights import (
+    Fp8Rows,
+    Fp8Weight,
+    GpuWeight,
+    RowPackedWeight,
+    Weight,
+    round_rows_to_fp8,
+    round_to_fp8,
+)
 from tern.ops.packed import PackedWeight, empty, packed_shapes, unpack
 from tern.ops.placement import on_gpu, uses_gpu
 from tern.ops.reference import (
@@ -41,6 +49,7 @@ from tern.ops.swiglu import SwiGLUWeights
 __all__ = [
     "AttentionPlan",
     "Draws",
+    "Fp8Rows",
     "Fp8Weight",
     "GpuWeight",
     "PackedWeight",
@@ -48,6 +57,7 @@ __all__ = [
     "SwiGLUWeights",
     "Weight",
     "add_rms_norm",
+    "attend",
     "cached_head_dim",
     "draw",
     "embed",
@@ -222,6 +232,59 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
     from tern.ops import cuda
 
     return cuda.paged_attention(queries, key_cache, value_cache, plan)
+
+
+@overload
+def attend(
+    qkv: Tensor,
+    cosines: Tensor,
+    signed_sines: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: AttentionPlan,
+    *,
+    to_fp8: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    qkv: Tensor,
+    cosines: Tensor,
+    signed_sines: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: AttentionPlan,
+    *,
+    to_fp8: bool,
+) -> Tensor | Fp8Rows: ...
+
+
+def attend(
+    qkv: Tensor,
+    cosines: Tensor,
+    signed_sines: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: AttentionPlan,
+    *,
+    to_fp8: bool = False,
+) -> Tensor | Fp8Rows:
+    """`rotate_and_store`, and `paged_attention` of the queries -> [T, N, D].
+
+    Rounded for a product with an fp8 weight if `to_fp8`: [T, N * D] by `round_rows_to_fp8`. A GPU does it in one launch
+    while every sequence has few queries. There, rows of no sequence are neither stored nor written.
+    """
+    if not isinstance(plan, cpu.SequencesPlan | reference_attention.AttentionPlan):
+        from tern.ops import cuda
+
+        return cuda.attend(qkv, cosines, signed_sines, slots, key_cache, value_cache, plan, to_fp8=to_fp8)
+    queries = rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
+    attended = paged_attention(queries, key_cache, value_cache, plan)
+    return Fp8Rows(*round_rows_to_fp8(attended.flatten(1))) if to_fp8 else attended
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Imported when a tensor lies on a GPU, or by a test: an installation for processors has no Triton and never looks for it.
 """
 
-from tern.ops.cuda.attention import GpuPlan, paged_attention
+from tern.ops.cuda.attention import GpuPlan, attend, paged_attention
 from tern.ops.cuda.experts import mix_experts
 from tern.ops.cuda.matmul import linear, swiglu
 from tern.ops.cuda.norms import add_rms_norm, add_rms_norm_to_fp8
@@ -15,6 +15,7 @@ __all__ = [
     "GpuPlan",
     "add_rms_norm",
     "add_rms_norm_to_fp8",
+    "attend",
     "draw",
     "keep_allowed",
     "largest",

@@ -61,10 +61,7 @@ def attend(
     *,
     to_fp8: bool = False,
 ) -> Tensor | Fp8Rows:
-    """As `tern.ops.reference_attention.attend`; of no row that is no sequence's is anything written or stored.
-
-    While no sequence has more than a few queries, this is one launch.
-    """
+    """As `tern.ops.attend`: one launch while no sequence has more than a few queries."""
     check_rows(qkv, cosines, signed_sines, slots, key_cache, value_cache)
     kv_heads, head_dim = key_cache.shape[0], key_cache.shape[4]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads

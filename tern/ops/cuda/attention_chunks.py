@@ -126,9 +126,7 @@ def _attend_chunks(
             its_highest, its_total, its_left, its_right = join(
                 its_highest, its_total, its_left, its_right, next_highest, next_total, next_left, next_right
             )
-        highest, total, left, right = join(
-            highest, total, left, right, its_highest, its_total, its_left, its_right
-        )
+        highest, total, left, right = join(highest, total, left, right, its_highest, its_total, its_left, its_right)
     dtype: tl.constexpr = output.dtype.element_ty
     place = output + places[:, None] + slab
     tl.store(place, narrow(left / total[:, None], dtype, INTERPRETED), mask=live[:, None] & (slab < DIM))

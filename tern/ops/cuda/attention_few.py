@@ -116,34 +116,82 @@ def _store_new(
     slots,
     keys,
     values,
-    start,
-    length,
+    tokens,
     mine,
     kv_head,
-    ROW: tl.constexpr,
+    ROW_HEADS: tl.constexpr,
     FIRST_KEY: tl.constexpr,
     FIRST_VALUE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Turn the keys of a sequence's tokens that are `mine` [TOKENS], and store them with their values in KV head
-    `kv_head`, whose slot 0 is at `keys` and `values`; as `tern.ops.cuda.rotary` does."""
-    tokens = start + tl.arange(0, TOKENS)
+    """Turn the keys of those `tokens` that are `mine`, and store them and their values in a KV head.
+
+    Its slot 0 is at `keys` and `values`. What is stored is what `tern.ops.cuda.rotary` stores.
+    """
     columns = tl.arange(0, WIDTH)[None, :]
     there = mine[:, None] & (columns < DIM)
-    place = tokens[:, None] * DIM + columns
-    row = rows + tokens[:, None] * (ROW * DIM) + kv_head * DIM + columns
+    row = rows + (tokens * ROW_HEADS + kv_head)[:, None] * DIM + columns
     key = tl.load(row + FIRST_KEY * DIM, mask=there, other=0.0).to(tl.float32)
     value = tl.load(row + FIRST_VALUE * DIM, mask=there, other=0.0).to(tl.float32)
-    cosine = tl.load(cosines + place, mask=there, other=0.0)
-    sine = tl.load(signed_sines + place, mask=there, other=0.0)
-    into = tl.load(slots + tokens, mask=mine, other=0).to(tl.int64)[:, None] * DIM + columns
+    cosine = tl.load(cosines + tokens[:, None] * DIM + columns, mask=there, other=0.0)
+    sine = tl.load(signed_sines + tokens[:, None] * DIM + columns, mask=there, other=0.0)
+    slot = tl.load(slots + tokens, mask=mine, other=0).to(tl.int64)[:, None] * DIM + columns
     dtype: tl.constexpr = keys.dtype.element_ty
     key = turn(key, cosine, sine, rows.dtype.element_ty, INTERPRETED).to(tl.float32)
-    tl.store(keys + into, narrow(key, dtype, INTERPRETED), mask=there)
-    tl.store(values + into, narrow(value, dtype, INTERPRETED), mask=there)
+    tl.store(keys + slot, narrow(key, dtype, INTERPRETED), mask=there)
+    tl.store(values + slot, narrow(value, dtype, INTERPRETED), mask=there)
+
+
+@triton.jit
+def _queries(
+    rows,
+    cosines,
+    signed_sines,
+    tokens,
+    heads,
+    live,
+    ROW_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TURN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """A query for each of `tokens` and `heads` [ROWS], turned if need be; zeros where none is `live`."""
+    columns = tl.arange(0, WIDTH)[None, :]
+    inside = live[:, None] & (columns < DIM)
+    query = tl.load(rows + (tokens * ROW_HEADS + heads)[:, None] * DIM + columns, mask=inside, other=0.0)
+    if TURN:
+        cosine = tl.load(cosines + tokens[:, None] * DIM + columns, mask=inside, other=0.0)
+        sine = tl.load(signed_sines + tokens[:, None] * DIM + columns, mask=inside, other=0.0)
+        query = turn(query.to(tl.float32), cosine, sine, rows.dtype.element_ty, INTERPRETED)
+    return query
+
+
+@triton.jit
+def _store_sums(
+    sums,
+    highest_sums,
+    total_sums,
+    number,
+    live,
+    highest,
+    total,
+    left,
+    right,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    """A piece's sums for rows that are `live` -> sums number `number` [ROWS]."""
+    tl.store(highest_sums + number, highest, mask=live)
+    tl.store(total_sums + number, total, mask=live)
+    slab = tl.arange(0, SLAB)[None, :]
+    place = sums + number[:, None] * DIM + slab
+    tl.store(place, left, mask=live[:, None] & (slab < DIM))
+    if SLAB < WIDTH:
+        tl.store(place + SLAB, right, mask=live[:, None] & (SLAB + slab < DIM))
 
 
 @triton.jit
@@ -186,27 +234,37 @@ def _join(
         highest = tl.full([JOINED], float("-inf"), tl.float32)
         total = tl.zeros([JOINED], tl.float32)
         mixed = tl.zeros([JOINED, WIDTH], tl.float32)
-        for place in range(first, first + count, AT_ONCE):
+        for number in range(first, first + count, AT_ONCE):
+            fetched = ()
             for ahead in tl.static_range(AT_ONCE):
-                number = mine + place + ahead
-                there = live & (place + ahead + zeros < first + count)
-                next_highest = tl.load(highest_sums + number, mask=there, other=float("-inf"), cache_modifier=".cg")
-                next_total = tl.load(total_sums + number, mask=there, other=0.0, cache_modifier=".cg")
-                whole = there[:, None] & (columns < DIM)
-                next_mixed = tl.load(
-                    sums + number[:, None] * DIM + columns, mask=whole, other=0.0, cache_modifier=".cg"
+                place = mine + number + ahead
+                there = live & (number + ahead + zeros < first + count)
+                fetched += (
+                    (
+                        tl.load(highest_sums + place, mask=there, other=float("-inf"), cache_modifier=".cg"),
+                        tl.load(total_sums + place, mask=there, other=0.0, cache_modifier=".cg"),
+                        tl.load(
+                            sums + place[:, None] * DIM + columns,
+                            mask=there[:, None] & (columns < DIM),
+                            other=0.0,
+                            cache_modifier=".cg",
+                        ),
+                    ),
                 )
+            for ahead in tl.static_range(AT_ONCE):
+                next_highest, next_total, next_mixed = fetched[ahead]
                 highest, keep, add = shares(highest, next_highest)
                 total = total * keep + next_total * add
                 mixed = mixed * keep[:, None] + next_mixed * add[:, None]
         if into < 0:
             result = narrow(mixed / tl.where(live, total, 1.0)[:, None], dtype, INTERPRETED)
+            place = tl.max_contiguous(row[:, None] * DIM + columns, (1, 4))
             if TO_FP8:
                 codes, steps = round_groups(result.to(tl.float32), output.dtype.element_ty, INTERPRETED)
-                tl.store(output + row[:, None] * DIM + columns, codes, mask=inside)
+                tl.store(output + place, codes, mask=inside)
                 tl.store(scales + row, steps, mask=live)
             else:
-                tl.store(output + row[:, None] * DIM + columns, result, mask=inside)
+                tl.store(output + place, result, mask=inside)
         else:
             tl.store(highest_sums + mine + into, highest, mask=live)
             tl.store(total_sums + mine + into, total, mask=live)
@@ -270,50 +328,37 @@ def _attend_few(
     if (length > FEW) | (length <= 0) | (first >= pieces):
         return
     KV_HEADS: tl.constexpr = HEADS // GROUP
-    ALL_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS if TURN else HEADS
+    ROW_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS if TURN else HEADS
     keys = key_cache + kv_head.to(tl.int64) * key_head_stride
     values = value_cache + kv_head.to(tl.int64) * value_head_stride
-    columns = tl.arange(0, WIDTH)
     row = tl.arange(0, ROWS)
-    token = row // GROUP
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
     live = token < length
-    inside = live[:, None] & (columns < DIM)[None, :]
-    heads = (start + token) * ALL_HEADS + kv_head * GROUP + row % GROUP
-    query = tl.load(rows + heads[:, None] * DIM + columns[None, :], mask=inside, other=0.0)
+    query = _queries(rows, cosines, signed_sines, start + token, head, live, ROW_HEADS, DIM, WIDTH, TURN, INTERPRETED)
     if TURN:
-        place = (start + token)[:, None] * DIM + columns[None, :]
-        cosine = tl.load(cosines + place, mask=inside, other=0.0)
-        sine = tl.load(signed_sines + place, mask=inside, other=0.0)
-        query = turn(query.to(tl.float32), cosine, sine, rows.dtype.element_ty, INTERPRETED)
         new = tl.arange(0, TOKENS)
-        its_piece = (context - length + new) // PIECE
-        mine = (new < length) & (its_piece % tl.num_programs(0) == first)
+        mine = (new < length) & ((context - length + new) // PIECE % tl.num_programs(0) == first)
         _store_new(
-            rows, cosines, signed_sines, slots, keys, values, start, length, mine, kv_head,
-            ALL_HEADS, HEADS, HEADS + KV_HEADS, DIM, WIDTH, TOKENS, INTERPRETED,
+            rows, cosines, signed_sines, slots, keys, values, start + new, mine, kv_head,
+            ROW_HEADS, HEADS, HEADS + KV_HEADS, DIM, WIDTH, INTERPRETED,
         )  # fmt: skip
         tl.debug_barrier()  # before any thread of this program reads what another stored
     query = as_query(query, MULTIPLIED, INTERPRETED)
     table = block_tables + sequence.to(tl.int64) * table_stride
-    slab = tl.arange(0, SLAB)[None, :]
     entries = max_pieces + max_stretches
     before = sequence.to(tl.int64) * FEW * HEADS * entries
     sums, highest_sums, total_sums = sums + before * DIM, highest_sums + before, total_sums + before
+    number = (token * HEADS + head).to(tl.int64) * entries
     output, scales = output + start * HEADS * DIM, scales + start * HEADS
     counter += (sequence * KV_HEADS + kv_head) * (1 + max_stretches)
-    mine = (token * HEADS + kv_head * GROUP + row % GROUP).to(tl.int64) * entries
     stretches = tl.cdiv(pieces, STRETCH)
     for piece in range(first, pieces, tl.num_programs(0)):
         highest, total, left, right = piece_sums(
-            query, keys + columns[:, None], values + slab, table, piece, context, context - length + token, factor,
+            query, keys + tl.arange(0, WIDTH)[:, None], values + tl.arange(0, SLAB)[None, :], table, piece, context,
+            context - length + token, factor,
             DIM, WIDTH, SLAB, BLOCK_SIZE, ROWS, TILE, PIECE, MULTIPLIED, INTERPRETED,
         )  # fmt: skip
-        tl.store(highest_sums + mine + piece, highest, mask=live)
-        tl.store(total_sums + mine + piece, total, mask=live)
-        place = sums + (mine + piece)[:, None] * DIM + slab
-        tl.store(place, left, mask=live[:, None] & (slab < DIM))
-        if SLAB < WIDTH:
-            tl.store(place + SLAB, right, mask=live[:, None] & (SLAB + slab < DIM))
+        _store_sums(sums, highest_sums, total_sums, number + piece, live, highest, total, left, right, DIM, WIDTH, SLAB)
         stretch = piece // STRETCH
         its_pieces = tl.minimum(pieces - stretch * STRETCH, STRETCH)
         if is_last(counter + 1 + stretch, its_pieces):

@@ -145,7 +145,10 @@ def test_block_sizes(block_size: int, device: torch.device) -> None:
 
 def test_pieces_of_full_size(device: torch.device) -> None:
     Case(
-        device, [(1, attention_parts.PIECE), (1, attention_parts.PIECE + 1), (13, 300)], head_dim=128, dtype=torch.bfloat16
+        device,
+        [(1, attention_parts.PIECE), (1, attention_parts.PIECE + 1), (13, 300)],
+        head_dim=128,
+        dtype=torch.bfloat16,
     ).check()
 
 
