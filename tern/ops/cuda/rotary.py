@@ -52,8 +52,8 @@ def check_rows(
 def turn(x, cosines, signed_sines, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 rows `x` [R, C] by their tables, [R, C] or [1, C], and rounded to `dtype`.
 
-    Product and sum must not be fused (`enable_fp_fusion=False`), so that every kernel turns alike. Pairs are swapped
-    by sums of their bits, which wrap: behind a `tl.join` the compiler would cut the depths of a query's product otherwise.
+    Product and sum must not be fused (`enable_fp_fusion=False`), so that every kernel turns alike. Pairs are swapped by
+    sums of their bits, which wrap: behind a `tl.join` the compiler would cut the depths of a query's product otherwise.
     """
     pairs = tl.reshape(x.to(tl.int32, bitcast=True), (x.shape[0], x.shape[1] // 2, 2))
     swapped = tl.reshape(tl.sum(pairs, axis=2, keep_dims=True) - pairs, x.shape).to(tl.float32, bitcast=True)
