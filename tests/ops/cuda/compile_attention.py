@@ -16,11 +16,12 @@ import torch
 
 from tests.ops.cuda.compile_for_hopper import Hopper  # before the kernels: it has them made for a GPU
 
-from triton.runtime import driver  # noqa: E402, I001
-from triton.runtime.jit import JITFunction  # noqa: E402
+# isort: split
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from tern.ops import kv_cache_shapes  # noqa: E402
-from tern.ops.cuda import GpuPlan, attend  # noqa: E402
+from tern.ops import kv_cache_shapes
+from tern.ops.cuda import GpuPlan, attend
 
 
 def compiled(queries: int, cache: torch.dtype) -> list[tuple[str, dict[str, str]]]:
