@@ -105,6 +105,8 @@ def _constants(rows: Tensor, heads: int, key_cache: Tensor, few: int) -> dict[st
         "TOKENS": triton.next_power_of_2(few),
         "JOINED": min(sizes["ROWS"], joined),
         "AT_ONCE": _AT_ONCE,
+        # Those of nine programs fit into a multiprocessor then; what is spilled for it is not in the loop over tiles.
+        "maxnreg": 224 if sizes["ROWS"] == parts.LEAST_ROWS else None,
     }
 
 
