@@ -85,7 +85,8 @@ class Engine:
         self.drafter = Drafter(options, predicts=_has_predictor(model, options))
         check_cache_dtype(options.kv_cache_dtype, model.device)
         kv_dtype, narrow = cache_dtype(options.kv_cache_dtype, model.dtype), narrow_cache(model.device)
-        memory = memory_for_cache(model, options, kv_dtype, self.max_model_len, self.drafter.predicted_drafts)
+        drafts = {"max_drafts": self.drafter.max_drafts, "predicted_drafts": self.drafter.predicted_drafts}
+        memory = memory_for_cache(model, options, kv_dtype, self.max_model_len, **drafts)
         num_blocks = resolve_num_blocks(options, model.config, kv_dtype, memory, self.max_model_len, narrow)
         self.runner = Runner(
             model,
@@ -94,12 +95,12 @@ class Engine:
             kv_dtype=kv_dtype,
             max_num_seqs=options.max_num_seqs,
             max_model_len=self.max_model_len,
-            predicted_drafts=self.drafter.predicted_drafts,
+            **drafts,
             capture=capture_for(model.device, enforce_eager=options.enforce_eager or model.is_split),
             progress=progress,
         )
         if self.runner.graphs is not None:
-            logger.info("decode steps of %s sequences replay CUDA graphs", self.runner.graphs.sizes)
+            logger.info("decode steps of %s rows replay CUDA graphs", self.runner.graphs.sizes)
         self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)
         if self.disk_cache is not None:
             weakref.finalize(self, self.disk_cache.close)

@@ -2,13 +2,20 @@
 
 A decode step launches some hundred kernels of a few microseconds each, and the host is slower to launch them than the
 GPU to run them. A CUDA graph launches all of them at once, but always with the same addresses and shapes. So there is
-one graph for each of a few numbers of rows, over buffers that stay where they are; a step takes the next larger one:
+one graph for each of a few numbers of rows, over buffers that stay where they are; a step takes the next larger one.
+A row is a token, and stands for a sequence of its own, even where several are one sequence's newest and its drafts:
 
-    rows of a step   | 0 1 2 3 4 | 5 6 7 |     5 sequences in the graph for 8
-    token_ids        | of a step |   0   |     padding reads token 0 at position 0,
-    slots            | of a step | spare |     writes its keys and values where nobody's are,
-    context_lens     | of a step |   1   |     and sees nothing but them
-    block_tables     | of a step | spare |     beyond a step's longest table: what earlier steps left, never read
+    rows of a step   | 0  1  2  3  4 | 5  6  7 |    5 rows in the graph for 8
+    token_ids        | a  d  d  b  c | c  c  c |    padding is the row with the shortest context once more, which so
+    positions        | 3  4  5  8  0 | 0  0  0 |    chooses no expert that is not read anyway,
+    context_lens     | 4  5  6  9  1 | 1  1  1 |    sees what that sees,
+    block_tables     | A  A  A  B  C | C  C  C |
+    slots            | of a step     | spare   |    and writes its keys and values where nobody's are
+
+So drafts need no graphs of their own, however many a sequence has: what a step can be depends on its rows alone. All
+keys of a layer are written before any is read, so a row finds those of the rows before it; and no result depends on
+which rows stand in which sequence (`tern.ops.cuda.attention`). What it costs is that a context is fetched once a row,
+mostly from the GPU's cache, since the rows of a sequence read it together.
 
 Logits are not part of it: their product is launched while the graph still runs, and for every graph to keep its own
 would take gigabytes. Whoever owns the cache keeps one block for the padding. What is captured is a function of no
@@ -22,7 +29,6 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,12 +37,11 @@ from torch import Tensor
 from tern.checkpoint.progress import item_progress
 from tern.engine.device import current
 from tern.engine.packing import PackedStep
-from tern.model.batch import Batch, KVCache
-
-if TYPE_CHECKING:
-    from tern.model import ErnieModel
+from tern.model.batch import Batch
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled in the first, and workspaces allocated
+DRAFTED_ROWS = 64
+"""Rows that have a graph because of drafts, where `max_num_seqs` are fewer: as many as pay on most cards."""
 
 Compute = Callable[[], Tensor]
 """Hidden states [rows, hidden_size] of the rows in the buffers."""
@@ -44,9 +49,24 @@ Capture = Callable[[Compute], Compute]
 """Makes of a computation over static buffers one that does the same, faster."""
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
+@dataclass(frozen=True)
+class GraphLimits:
+    """The largest step that is captured, over a cache whose `spare_block` no sequence is ever given."""
+
+    max_rows: int
+    max_context_len: int
+    block_size: int
+    spare_block: int
+
+
+def graph_rows(max_num_seqs: int, max_drafts: int) -> int:
+    """Most rows of a step that has a graph, if a sequence has up to `max_drafts` drafts."""
+    return max(max_num_seqs, min(max_num_seqs * (1 + max_drafts), DRAFTED_ROWS))
+
+
+def graph_sizes(max_rows: int) -> list[int]:
     """Numbers of rows that have a graph: 1, 2, 4, every multiple of 8, and the largest of a step."""
-    return [size for size in (1, 2, 4, *range(8, max_num_seqs, 8)) if size < max_num_seqs] + [max_num_seqs]
+    return [size for size in (1, 2, 4, *range(8, max_rows, 8)) if size < max_rows] + [max_rows]
 
 
 class CudaCapture:
@@ -80,67 +100,69 @@ def capture_for(device: torch.device, *, enforce_eager: bool) -> Capture | None:
     return CudaCapture(device) if device.type == "cuda" and not enforce_eager else None
 
 
-class DecodeGraphs:
-    """The decode steps of `model` over `kv` with up to `max_num_seqs` sequences of up to `max_model_len` tokens.
+class StepGraphs:
+    """A pass over the rows of a decode step, `compute`: batch -> hidden states [rows, hidden_size], within `limits`.
 
-    `spare_block` is a block of `kv` that no sequence is ever given. All graphs are captured when this is made, the
-    largest first, with a progress bar if `progress`; that takes a second or some.
+    All graphs are captured when this is made, the largest first, with a progress bar of that `title` if there is one;
+    that takes a second or some.
     """
 
     def __init__(
         self,
-        model: ErnieModel,
-        kv: KVCache,
+        compute: Callable[[Batch], Tensor],
+        device: torch.device,
+        limits: GraphLimits,
         *,
-        max_num_seqs: int,
-        max_model_len: int,
-        spare_block: int,
         capture: Capture,
-        progress: bool = False,
+        title: str | None = None,
     ) -> None:
-        self.sizes = graph_sizes(max_num_seqs)
-        self._spare_block, self._block_size = spare_block, kv.block_size
-        width = -(-max_model_len // kv.block_size)
-        self._inputs = _StaticInputs(max_num_seqs, width, model.device)
+        self.sizes = graph_sizes(limits.max_rows)
+        self._spare_slot = limits.spare_block * limits.block_size
+        self._inputs = _StaticInputs(limits.max_rows, -(-limits.max_context_len // limits.block_size), device)
         self._graphs: dict[int, Compute] = {}
-        with current(model.device), item_progress("CUDA graphs", len(self.sizes), enabled=progress) as advance:
-            self._inputs.receive(self._padded(None, max_num_seqs))  # warm-ups must write where nobody's keys are
+        with current(device), item_progress(title or "", len(self.sizes), enabled=title is not None) as advance:
+            self._inputs.receive(_nobodys(limits))  # warm-ups must write where nobody's keys are
             for size in reversed(self.sizes):
-                batch = self._inputs.batch(size, max_model_len)
-                self._graphs[size] = capture(partial(model.hidden, batch, kv))
+                batch = self._inputs.batch(size, limits.max_context_len)
+                self._graphs[size] = capture(partial(compute, batch))
                 advance(1)
 
     def takes(self, step: PackedStep) -> bool:
         """Whether a step can be replayed."""
         return step.is_decode and len(step.token_ids) <= self.sizes[-1]
 
-    def run(self, step: PackedStep, token_ids: Tensor | None = None) -> tuple[Batch, Tensor]:
-        """Compute a decode step -> its batch and hidden states, without the padding; the next step overwrites both.
+    def run(self, step: PackedStep, token_ids: Tensor | None = None) -> Tensor:
+        """Compute a decode step -> its hidden states, without the padding; the next step overwrites them.
 
         `token_ids` [rows], on the device, stand for those of the step, if given.
         """
         rows = len(step.token_ids)
         size = self.sizes[bisect.bisect_left(self.sizes, rows)]
-        self._inputs.receive(self._padded(step, size))
-        batch = self._inputs.batch(rows, step.max_context_len)
+        context_lens = step.positions + 1
+        order = np.arange(size)
+        order[rows:] = copied = int(context_lens.argmin())
+        heads = np.stack([step.token_ids, step.positions, step.slots, context_lens])[:, order]
+        heads[2, rows:] = self._spare_slot
+        owners = np.repeat(np.arange(len(step.block_tables)), np.diff(step.query_starts))
+        self._inputs.receive(_Padded(heads, step.block_tables[owners[order]]))
         if token_ids is not None:
-            batch.token_ids.copy_(token_ids)
-        return batch, self._graphs[size]()[:rows]
+            self._inputs.replace_tokens(token_ids, size, copied)
+        return self._graphs[size]()[:rows]
 
-    def _padded(self, step: PackedStep | None, size: int) -> _Padded:
-        rows, width = (0, 1) if step is None else step.block_tables.shape
-        heads = np.zeros((4, size), np.int64)  # token_ids, positions, slots, context_lens
-        heads[2:, rows:] = [[self._spare_block * self._block_size], [1]]
-        tables = np.full((size, width), self._spare_block, np.int64)
-        if step is not None:
-            heads[:, :rows] = step.token_ids, step.positions, step.slots, step.context_lens
-            tables[:rows] = step.block_tables
-        return _Padded(heads, tables)
+
+def _nobodys(limits: GraphLimits) -> _Padded:
+    """As many rows as there can be, of token 0 at position 0 of the spare block."""
+    heads = np.zeros((4, limits.max_rows), np.int64)
+    heads[2:] = [[limits.spare_block * limits.block_size], [1]]
+    return _Padded(heads, np.full((limits.max_rows, 1), limits.spare_block, np.int64))
 
 
 @dataclass(frozen=True)
 class _Padded:
-    """What changes from step to step: `heads` [4, size] and `tables` [size, blocks of the longest context]."""
+    """What changes from step to step, with padding.
+
+    `heads` [4, size] are token ids, positions, slots and lengths of contexts, `tables` [size, blocks of the longest].
+    """
 
     heads: np.ndarray
     tables: np.ndarray
@@ -181,6 +203,13 @@ class _StaticInputs:
         size, width = padded.tables.shape
         self._heads[:, :size].copy_(heads.view(4, size))
         self._tables[:size, :width].copy_(tables.view(size, width))
+
+    def replace_tokens(self, token_ids: Tensor, size: int, copied: int) -> None:
+        """Take the step's tokens from the device, and those of its padding up to `size` from its row `copied`."""
+        rows = len(token_ids)
+        self._heads[0, :rows].copy_(token_ids)
+        if rows < size:
+            self._heads[0, rows:size].copy_(token_ids[copied])
 
     def batch(self, rows: int, max_context_len: int) -> Batch:
         """The first `rows` rows, each of them one sequence."""

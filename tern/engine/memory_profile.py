@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def memory_for_cache(
-    model: ErnieModel, options: EngineOptions, kv_dtype: torch.dtype, max_model_len: int, predicted_drafts: int
+    model: ErnieModel,
+    options: EngineOptions,
+    kv_dtype: torch.dtype,
+    max_model_len: int,
+    predicted_drafts: int,
+    max_drafts: int = 0,
 ) -> int | GpuMemory:
     """What `resolve_num_blocks` reads: the free bytes of the processor, or the memory of the model's GPU."""
     layers = model.config.num_hidden_layers + 1 if predicted_drafts else 0  # the predictor's cache has a layer too
@@ -32,7 +37,7 @@ def memory_for_cache(
         free = free_memory(model.device)
         return free - free // layers if layers else free
     with current(model.device):
-        step = _step_bytes(model, options, kv_dtype, max_model_len, predicted_drafts)
+        step = _step_bytes(model, options, kv_dtype, max_model_len, predicted_drafts, max_drafts)
         torch.cuda.empty_cache()
         facts = GpuFacts.of(model.device)
         others = facts.total - facts.free - torch.cuda.memory_reserved(model.device) - CONTEXT_BYTES
@@ -43,7 +48,12 @@ def memory_for_cache(
 
 
 def _step_bytes(
-    model: ErnieModel, options: EngineOptions, kv_dtype: torch.dtype, max_model_len: int, predicted_drafts: int
+    model: ErnieModel,
+    options: EngineOptions,
+    kv_dtype: torch.dtype,
+    max_model_len: int,
+    predicted_drafts: int,
+    max_drafts: int,
 ) -> int:
     """Bytes that steps take beside weights and cache, at their peak.
 
@@ -60,6 +70,7 @@ def _step_bytes(
         kv_dtype=kv_dtype,
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
+        max_drafts=max_drafts,
         predicted_drafts=predicted_drafts,
         capture=_run_once,
     )

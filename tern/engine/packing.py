@@ -32,8 +32,8 @@ class PackedStep:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every sequence has one token, which is followed by a sampled one."""
-        return self.max_query_len == 1 and len(self.logit_rows) == len(self.token_ids)
+        """Whether behind every token one is sampled: decodes, with drafts or without."""
+        return len(self.logit_rows) == len(self.token_ids)
 
     def on(self, device: torch.device) -> Batch:
         """The step on a device. All of it lies in one buffer and goes there in a single copy."""
