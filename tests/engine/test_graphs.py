@@ -191,8 +191,9 @@ def test_the_processor_captures_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("speculation", ["off", "ngram"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "ahead"])
-def test_a_gpu_answers_the_same_with_and_without(eager: bool, ahead: bool) -> None:
+def test_a_gpu_answers_the_same_with_and_without(eager: bool, ahead: bool, speculation: str) -> None:
     from tern.checkpoint import resolve_model
     from tern.engine import EngineOptions
 
@@ -205,4 +206,4 @@ def test_a_gpu_answers_the_same_with_and_without(eager: bool, ahead: bool) -> No
         return [sink.ids for sink in sinks]
 
     wanted = answers(enforce_eager=True, async_scheduling=False, speculation="off")
-    assert answers(enforce_eager=eager, async_scheduling=ahead, speculation="off") == wanted
+    assert answers(enforce_eager=eager, async_scheduling=ahead, speculation=speculation) == wanted
