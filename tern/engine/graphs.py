@@ -41,7 +41,7 @@ from tern.model.batch import Batch
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled in the first, and workspaces allocated
 DRAFTED_ROWS = 64
-"""Rows that have a graph because of drafts, where `max_num_seqs` are fewer: as many as pay on most cards."""
+"""Rows that have a graph because of drafts, where `max_num_seqs` are fewer; every eight more would be a further one."""
 
 Compute = Callable[[], Tensor]
 """Hidden states [rows, hidden_size] of the rows in the buffers."""

@@ -160,6 +160,22 @@ def test_answers_are_the_networks_own(
         assert (engine.pipeline.steps_ahead > 0) == ("async_scheduling" in options)
 
 
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"speculation": "off"}, [1]),
+        ({"speculation": "ngram"}, [1, 2, 4, 8, 9]),
+        ({"speculation": "ngram", "num_speculative_tokens": 2}, [1, 2, 3]),
+        ({"speculation": "off", "max_num_seqs": 3}, [1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_graphs_for_drafts_are_captured_where_there_may_be_some(options: dict[str, Any], sizes: list[int]) -> None:
+    graphs = make_engine(graphs=StandInGraphs(), **{"max_num_seqs": 1, **options}).runner.graphs
+    assert graphs is not None
+    assert graphs.sizes == sizes
+
+
 def test_the_spare_block_is_nobodys() -> None:
     engine = make_engine(graphs=StandInGraphs(), num_kv_blocks=30)
     assert engine.pool.num_blocks == 30
