@@ -22,7 +22,7 @@ from tern.engine.device import LEAST_CAPABILITY
 from tern.engine.fits import FLOATS, RUNNING_BYTES, longest_context, runs_on
 from tern.engine.residence import WeightSizes, choose_residence
 from tern.errors import OptionError
-from tern.ops import cpu
+from tern.ops import cpu, installed_attention
 
 PORTS = (8000, 8180)
 """Where `tern serve` and `make serve` listen unless told otherwise."""
@@ -43,7 +43,8 @@ class Gpu:
 class MachineReport:
     """`isa`: the kernels that will run, of the `available` ones; `flags`: what the processor has of what they need.
 
-    `gpu_problems`: sentences on what keeps a card from being used, or from being used well.
+    `gpu_problems`: sentences on what keeps a card from being used, or from being used well. `attention`: libraries that
+    may attend prompts on a card, as `--attention-backend` names them, with their versions.
     Sizes in 10^9 bytes: `memory_limit_gb` is the control group's, None without one; `free_gb` lies within it;
     `disk_free_gb` is free in `downloads`, where models of a hub go. `free_ports`: those of `PORTS` nobody listens on.
     `versions`: of Python, Tern and the packages that matter, those that are installed.
@@ -57,6 +58,7 @@ class MachineReport:
     flags: list[str]
     gpus: list[Gpu]
     gpu_problems: list[str]
+    attention: dict[str, str]
     memory_gb: float
     memory_limit_gb: float | None
     free_gb: float
@@ -140,6 +142,7 @@ def describe_machine() -> MachineReport:
         flags=hardware.processor_flags(),
         gpus=gpus,
         gpu_problems=_gpu_problems(gpus, versions),
+        attention=installed_attention(),
         memory_gb=hardware.memory_bytes() / 1e9,
         memory_limit_gb=None if limit is None else limit / 1e9,
         free_gb=free_memory(torch.device("cpu")) / 1e9,

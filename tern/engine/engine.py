@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tern import ops
 from tern.checkpoint import ModelSource, load_model, weights_identity
 from tern.engine.admission import Admission
 from tern.engine.block_files import open_directory
@@ -81,8 +82,9 @@ class Engine:
         self.drafter = Drafter(options, predicts=_has_predictor(model, options))
         check_cache_dtype(options.kv_cache_dtype, model.device)
         kv_dtype, narrow = cache_dtype(options.kv_cache_dtype, model.dtype), narrow_cache(model.device)
+        attention = _attention(model, options, kv_dtype)
         drafts = {"max_drafts": self.drafter.max_drafts, "predicted_drafts": self.drafter.predicted_drafts}
-        memory = memory_for_cache(model, options, kv_dtype, self.max_model_len, **drafts)
+        memory = memory_for_cache(model, options, kv_dtype, self.max_model_len, **drafts, attention=attention)
         num_blocks = resolve_num_blocks(options, model.config, kv_dtype, memory, self.max_model_len, narrow)
         self.runner = Runner(
             model,
@@ -93,6 +95,7 @@ class Engine:
             max_model_len=self.max_model_len,
             **drafts,
             capture=capture_for(model.device, enforce_eager=options.enforce_eager or model.is_split),
+            attention=attention,
             progress=progress,
         )
         if self.runner.graphs is not None:
@@ -138,6 +141,7 @@ class Engine:
         device = resolve_device(options.device, fp8=options.wants_fp8)
         device, split = resolve_residence(options, source, dtype, device)
         check_cache_dtype(options.kv_cache_dtype, device)
+        ops.check_attention_backend(options.attention_backend, device)
         if split is None:
             check_fits(source, options, device)
         with current(device):
@@ -330,3 +334,20 @@ def _has_predictor(model: ErnieModel, options: EngineOptions) -> bool:
     if model.mtp is None and options.speculation == "mtp":
         raise OptionError("speculation is 'mtp' but the model has no multi-token predictor: choose ngram, auto or off.")
     return model.mtp is not None
+
+
+def _attention(model: ErnieModel, options: EngineOptions, kv_dtype: torch.dtype) -> ops.AttentionLibrary | None:
+    """What attends chunks of prompts in place of Tern's kernels. Raises `OptionError` if it is asked for and cannot."""
+    ops.check_attention_backend(options.attention_backend, model.device)
+    if not ops.uses_gpu(model.device):
+        return None
+    work = ops.AttentionWork(
+        device=model.device,
+        heads=model.config.num_attention_heads,
+        kv_heads=model.config.num_key_value_heads,
+        head_dim=model.config.head_dim,
+        dtype=model.dtype,
+        cache_dtype=kv_dtype,
+        block_size=options.block_size,
+    )
+    return ops.choose_attention(options.attention_backend, work)

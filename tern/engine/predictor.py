@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tern import ops
 from tern.engine.graphs import Capture, GraphLimits, StepGraphs
 from tern.engine.packing import PackedStep
 from tern.engine.sampler import Sampler
@@ -49,7 +50,10 @@ class Followed:
 
 
 class Predictor:
-    """Drafts `num_drafts` tokens a step with `model.mtp`; its cache has the decoder's `num_blocks` and spare ones."""
+    """Drafts `num_drafts` tokens a step with `model.mtp`; its cache has the decoder's `num_blocks` and spare ones.
+
+    `attention` attends chunks of prompts, as the decoder's do.
+    """
 
     def __init__(
         self,
@@ -60,9 +64,11 @@ class Predictor:
         kv_dtype: torch.dtype,
         max_num_seqs: int,
         num_drafts: int,
+        attention: ops.AttentionLibrary | None = None,
     ) -> None:
         assert model.mtp is not None
         self.model = model
+        self.attention = attention
         self.mtp: MultiTokenPredictor = model.mtp
         self.num_drafts = num_drafts
         self.num_spare = -(-(num_drafts - 1) // block_size)  # blocks a sequence, for drafts that have no slot yet
@@ -116,7 +122,7 @@ class Predictor:
         if self.graphs is not None and self.graphs.takes(step):
             self._previous[: len(previous)].copy_(previous)
             return self.graphs.run(step)
-        return self.mtp.hidden(step.on(self.model.device), previous, self.kv)
+        return self.mtp.hidden(step.on(self.model.device, self.attention), previous, self.kv)
 
     def _sample(self, states: Tensor, followed: Ordered[Followed], drafts: Ordered[tuple[int, ...]]) -> tuple[int, ...]:
         """One more draft for each; the numbers of a damaged predictor draft token 0."""

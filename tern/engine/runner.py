@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tern import ops
 from tern.engine.device import current
 from tern.engine.graphs import Capture, GraphLimits, StepGraphs, graph_rows
 from tern.engine.packing import PackedStep, pack
@@ -89,8 +90,9 @@ class Runner:
 
     A step is computed by `run`, or by `begin` and `finish` with the beginning of the next one between them. With
     `capture`, and at most `max_num_seqs` sequences of `max_model_len` tokens a step, decodes are computed by what it
-    captures (`tern.engine.graphs`), those that verify up to `max_drafts` drafts a sequence too. With
-    `predicted_drafts`, sequences that are followed get drafts from the model's predictor for the next step.
+    captures (`tern.engine.graphs`), those that verify up to `max_drafts` drafts a sequence too. With `attention`, that
+    attends the chunks of prompts. With `predicted_drafts`, sequences that are followed get drafts from the model's
+    predictor for the next step.
     """
 
     def __init__(
@@ -105,9 +107,11 @@ class Runner:
         max_drafts: int = 0,
         predicted_drafts: int = 0,
         capture: Capture | None = None,
+        attention: ops.AttentionLibrary | None = None,
         progress: bool = False,
     ) -> None:
         self.model = model
+        self.attention = attention
         blocks = num_blocks + (capture is not None)  # the last for the padding of graphs
         self.kv = KVCache.allocate(
             model.config, num_blocks=blocks, block_size=block_size, dtype=kv_dtype, device=model.device
@@ -122,6 +126,7 @@ class Runner:
                 kv_dtype=kv_dtype,
                 max_num_seqs=max_num_seqs,
                 num_drafts=predicted_drafts,
+                attention=attention,
             )
         self.graphs: StepGraphs | None = None
         if capture is not None:
@@ -186,7 +191,7 @@ class Runner:
         if self.graphs is not None and self.graphs.takes(step):
             hidden = self.graphs.run(step, token_ids)
             return hidden, self.model.logits(hidden)
-        batch = step.on(self.model.device)
+        batch = step.on(self.model.device, self.attention)
         if token_ids is not None:
             batch.token_ids.copy_(token_ids)
         hidden = self.model.hidden(batch, self.kv)

@@ -39,6 +39,7 @@ class Step:
             kv.values,
             max_query_len=batch.max_query_len,
             max_context_len=batch.max_context_len,
+            chunks=batch.chunks,
         )
         return cls(cosines, signed_sines, batch.slots, plan)
 

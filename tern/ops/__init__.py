@@ -23,6 +23,14 @@ from tern.ops import (
     reference_sampling,
     split_experts,
 )
+from tern.ops.attention_libraries import (
+    AttentionLibrary,
+    AttentionWork,
+    Chunks,
+    check_attention_backend,
+    choose_attention,
+    installed_attention,
+)
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, Weight, round_to_fp8
 from tern.ops.packed import PackedWeight, empty, packed_shapes, unpack
 from tern.ops.placement import on_gpu, uses_gpu
@@ -39,7 +47,10 @@ from tern.ops.reference_sampling import Draws, likeliest
 from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
+    "AttentionLibrary",
     "AttentionPlan",
+    "AttentionWork",
+    "Chunks",
     "Draws",
     "Fp8Weight",
     "GpuWeight",
@@ -49,9 +60,12 @@ __all__ = [
     "Weight",
     "add_rms_norm",
     "cached_head_dim",
+    "check_attention_backend",
+    "choose_attention",
     "draw",
     "embed",
     "empty",
+    "installed_attention",
     "keep_allowed",
     "kv_cache_shapes",
     "largest",
@@ -194,18 +208,19 @@ def plan_attention(
     *,
     max_query_len: int,
     max_context_len: int,
+    chunks: Chunks | None = None,
 ) -> AttentionPlan:
     """Prepare a step's queries for caches whose values are like `values` [..., block_size / r, W, r].
 
     Sequence s owns the query rows `query_starts[s] : query_starts[s + 1]`, the last positions of a context of
     `context_lens[s]` tokens whose slots lie in the blocks `block_tables[s]`. Shapes [S + 1], [S], [S, max_blocks].
     No chunk is longer than `max_query_len` and no context than `max_context_len`: a GPU's launches are sized by them,
-    for the host reads no tensor there.
+    for the host reads no tensor there. `chunks` are those that a library attends on a GPU.
     """
     if on_gpu(values):
         from tern.ops import cuda
 
-        return cuda.GpuPlan(query_starts, context_lens, block_tables, max_query_len, max_context_len)
+        return cuda.GpuPlan(query_starts, context_lens, block_tables, max_query_len, max_context_len, chunks)
     if cpu.can_attend(values):
         return cpu.SequencesPlan(query_starts, context_lens, block_tables)
     return reference_attention.plan_attention(

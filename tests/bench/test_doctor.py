@@ -113,8 +113,18 @@ def test_the_advice_is_what_serves(
         assert not fit.fits or used + RUNNING_BYTES <= free
 
 
-def test_a_card_is_described_and_preferred(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("installed", "line"),
+    [
+        ({}, "attention  Tern's own kernels\n"),
+        ({"flashinfer": "0.7.2"}, "attention  flashinfer 0.7.2, for prompts that it can attend\n"),
+    ],
+)
+def test_a_card_is_described_and_preferred(
+    installed: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     card = SimpleNamespace(name="NVIDIA H200", major=9, minor=0)
+    monkeypatch.setattr(doctor_module, "installed_attention", lambda: installed)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
@@ -122,6 +132,7 @@ def test_a_card_is_described_and_preferred(monkeypatch: pytest.MonkeyPatch, caps
     assert tern("doctor", "dummy:ernie-4.5-21b-a3b") == 0
     said = capsys.readouterr().out
     assert "GPU        NVIDIA H200, compute capability 9.0, 140.0 GB free of 150.0" in said
+    assert line in said
     assert "cuda:0  bfloat16    43.7 GB" in said
     assert "try        tern serve dummy:ernie-4.5-21b-a3b\n" in said
     assert "--device auto: The weights take 43.7 GB of the 138.5 GB that the GPU has for weights." in said

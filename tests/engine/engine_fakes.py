@@ -33,6 +33,7 @@ class HashModel:
             max_position_embeddings=length,
             hidden_size=1,
             num_hidden_layers=1,
+            num_attention_heads=1,
             num_key_value_heads=1,
             head_dim=1,
         )
