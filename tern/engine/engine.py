@@ -99,7 +99,8 @@ class Engine:
             progress=progress,
         )
         if self.runner.graphs is not None:
-            logger.info("decode steps of %s rows replay CUDA graphs", self.runner.graphs.sizes)
+            sizes = (self.runner.graphs.sizes, self.runner.graphs.drafted_sizes)
+            logger.info("decode steps of %s rows, and with drafts of %s, replay CUDA graphs", *sizes)
         self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)
         if self.disk_cache is not None:
             weakref.finalize(self, self.disk_cache.close)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tern import ops
 from tern.engine.device import current
-from tern.engine.graphs import Capture, GraphLimits, StepGraphs, graph_rows
+from tern.engine.graphs import Capture, GraphLimits, StepGraphs
 from tern.engine.packing import PackedStep, pack
 from tern.engine.predictor import Followed, Predictor
 from tern.engine.request import GeneratedToken, ScoredToken
@@ -130,8 +130,8 @@ class Runner:
             )
         self.graphs: StepGraphs | None = None
         if capture is not None:
-            rows = graph_rows(max_num_seqs, max_drafts)
-            self._capture(capture, GraphLimits(rows, max_model_len, block_size, spare_block=num_blocks), progress)
+            limits = GraphLimits(max_num_seqs, max_drafts, max_model_len, block_size, spare_block=num_blocks)
+            self._capture(capture, limits, progress)
 
     def _capture(self, capture: Capture, limits: GraphLimits, progress: bool) -> None:
         """Capture the decoder's steps and the predictor's; what cannot be captured runs without."""

@@ -101,6 +101,8 @@ class HashPredictor:
         rows = []
         starts = batch.query_starts.tolist()
         for index, context_len in enumerate(batch.context_lens.tolist()):
+            if not context_len:  # a graph has room for more sequences
+                continue
             slots = (batch.block_tables[index][:, None] * size + torch.arange(size)).view(-1)[:context_len]
             assert kv.values.view(-1)[slots].tolist() == list(range(context_len)), "a position was not shown"
             first = int(self.model.kv.keys.view(-1)[slots[0]])
