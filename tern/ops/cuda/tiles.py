@@ -28,6 +28,7 @@ _MIN_CHUNK = 512  # depths: eight tiles of bfloat16, enough to fill the pipeline
 _SHARED_BYTES = 200 * 1024  # of the 227 KiB that a program may have; the rest is for changing layouts
 _SHARED_BYTES_OF_TWO = 96 * 1024
 _SUMS_PER_THREAD = 128  # float32 registers of 255
+_SUMS_PER_THREAD_FLOAT32 = 64  # without tensor cores, whose operands lie in shared memory, those take the others
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,15 @@ def usual_sums(shape: Shape) -> Sums:
 def usual_tile(shape: Shape, sums: Sums, block_t: int) -> Tile:
     """For a shape that was not timed: the widest tile that fits, and as many stages.
 
-    Of few rows two programs run on a processor, so that one reads while the other waits.
+    Of few rows two programs run on a processor, so that one reads while the other waits. Of many, plain weights of two
+    bytes have tiles of 256 weight rows where a thread's registers hold the sums: those ask the second cache for three
+    quarters of what 128 by 128 do.
 
     64 columns are what the tensor cores' instructions of a Hopper GPU take at least.
     """
-    widest = 64 if shape.gated or block_t < 64 else 128
-    sizes = [(n, t) for t in reversed(BLOCKS_T) for n in (128, 64) if n <= widest and t <= block_t]
+    widest = 64 if block_t < 64 else 128 if block_t < 128 or shape.kind != "plain" or shape.x_bytes == 4 else 256
+    widest = max(64, widest // 2) if shape.gated else widest
+    sizes = [(n, t) for t in reversed(BLOCKS_T) for n in (256, 128, 64) if n <= widest and t <= block_t]
     for shared_bytes in (_SHARED_BYTES_OF_TWO, _SHARED_BYTES)[block_t >= 64 :]:
         for block_n, size_t in sizes:
             warps = 4 if block_n * size_t * (1 + shape.gated) <= 4096 else 8
@@ -133,8 +137,9 @@ def problem(shape: Shape, sums: Sums, tile: Tile, shared_bytes: int = _SHARED_BY
         return f"{tile.warps} warps and {tile.stages} stages are outside of 1 to 16 and 1 to 8"
     parts = 2 if shape.gated else 1
     held = tile.block_n * tile.block_t * (parts * (2 if sums.splits > 1 else 1) + (shape.kind == "fp8"))
-    if held > _SUMS_PER_THREAD * 32 * tile.warps:
-        return f"{held} sums of a tile pass the {_SUMS_PER_THREAD} of each of {32 * tile.warps} threads"
+    most = _SUMS_PER_THREAD_FLOAT32 if shape.x_bytes == 4 else _SUMS_PER_THREAD
+    if held > most * 32 * tile.warps:
+        return f"{held} sums of a tile pass the {most} of each of {32 * tile.warps} threads"
     weights = parts * tile.block_n * sums.block_k
     # Integers become bfloat16 in registers, but float32 through shared memory.
     widened = weights * shape.x_bytes if shape.kind in ("int8", "int4") and shape.x_bytes == 4 else 0
