@@ -220,7 +220,8 @@ def _product(
     row = kept.to(tl.int64) + expert * columns * halves
     scale_at = expert * scales_expert + (kept // 128) * scales_row
     up_scale_at = expert * scales_expert + ((kept + columns) // 128) * scales_row
-    scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
+    if not APART:
+        scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
     begin = tl.program_id(1) * chunk
     gate, up = _chunk(
         *(x, x_scales, read, values, factors, scales, row, row + columns, scale_at, up_scale_at, scales_depth),
@@ -247,6 +248,7 @@ def _product(
         if GATED:
             tl.store(own + columns, up, mask=stored)
         if is_last(arrived + tl.program_id(0), CHUNKS):
+            scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
             whole = _added(first, rows * width, stored, CHUNKS)
             whole_up = whole
             if GATED:
