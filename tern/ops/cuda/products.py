@@ -242,21 +242,19 @@ def _product(
     place = written.to(tl.int64)[None, :] * columns + column[:, None]
     if APART:
         width = columns * halves
-        first = parts + written[None, :] * width + column[:, None]
-        own = first + tl.program_id(1) * (rows * width)
+        sums = parts + written[None, :] * width + column[:, None]
+        own = sums + tl.program_id(1) * (rows * width)
         tl.store(own, gate, mask=stored)
         if GATED:
             tl.store(own + columns, up, mask=stored)
         if is_last(arrived + tl.program_id(0), CHUNKS):
             scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
-            whole = _added(first, rows * width, stored, CHUNKS)
+            whole = _added(sums, rows * width, stored, CHUNKS)
             whole_up = whole
             if GATED:
-                whole_up = _added(first + columns, rows * width, stored, CHUNKS)
-            result = _finish(
-                *(whole, whole_up, scale, shift, up_scale, up_shift),
-                *(DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED),
-            )
+                whole_up = _added(sums + columns, rows * width, stored, CHUNKS)
+            line = scale, shift, up_scale, up_shift
+            result = _finish(whole, whole_up, *line, DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED)
             tl.store(out + place, result, mask=stored)
     else:
         result = _finish(gate, up, scale, shift, up_scale, up_shift, DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED)
