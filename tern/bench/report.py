@@ -117,16 +117,18 @@ class Bench:
         tables = torch.arange(sequences * blocks).view(sequences, blocks)
         positions = torch.arange(depth, length).repeat(sequences)
         owners = torch.arange(sequences).repeat_interleave(tokens)
+        starts, lengths = torch.arange(sequences + 1) * tokens, torch.full((sequences,), length)
         batch = Batch(
             token_ids=torch.randint(3, self.config.vocab_size, (sequences * tokens,), generator=self.random),
             positions=positions,
             slots=tables[owners, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
-            query_starts=torch.arange(sequences + 1) * tokens,
-            context_lens=torch.full((sequences,), length),
+            query_starts=starts,
+            context_lens=lengths,
             block_tables=tables,
             logit_rows=torch.arange(1, sequences + 1) * tokens - 1,
             max_query_len=tokens,
             max_context_len=length,
+            chunks=ops.Chunks.of(self.engine.runner.attention, starts.numpy(), lengths.numpy()),
         )
         return _on_device(batch, self.device)
 

@@ -48,6 +48,9 @@ def _print_machine(machine: MachineReport) -> None:
         typer.echo("GPU        none that torch can use")
     for problem in machine.gpu_problems:
         typer.echo(f"           {problem}")
+    if machine.gpus:
+        found = " and ".join(f"{name} {number}" for name, number in machine.attention.items())
+        typer.echo(f"attention  {found}, for prompts that it can attend" if found else "attention  Tern's own kernels")
     limit = "" if machine.memory_limit_gb is None else f", this control group may use {machine.memory_limit_gb:.1f}"
     typer.echo(f"memory     {machine.free_gb:.1f} GB free of {machine.memory_gb:.1f}{limit}")
     typer.echo(f"disk       {machine.disk_free_gb:.1f} GB free for downloads, {machine.downloads}")

@@ -49,6 +49,9 @@ class EngineFlags:
     gpu_memory_utilization: Annotated[
         float | None, typer.Option(hidden=True, help="Share of a GPU's memory to use; default 0.9.")
     ] = None
+    attention_backend: Annotated[
+        str, typer.Option(hidden=True, help="Who attends prompts on a GPU: auto, tern, flash-attn or flashinfer.")
+    ] = "auto"
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", hidden=True, help="On a GPU: no CUDA graphs.")] = (
         False
     )
@@ -87,6 +90,7 @@ class EngineFlags:
             quantization=self.quantization,
             max_model_len=self.max_model_len,
             kv_cache_dtype=self.kv_cache_dtype,
+            attention_backend=self.attention_backend,
             enforce_eager=self.enforce_eager,
             kv_cache_memory=size_in_bytes("--kv-cache-memory", self.kv_cache_memory, unit="GiB"),
             enable_prefix_caching=self.prefix_caching,

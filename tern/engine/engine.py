@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 import weakref
 from bisect import bisect_left
 from collections import deque
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tern import ops
 from tern.checkpoint import ModelSource, load_model, weights_identity
 from tern.engine.admission import Admission
 from tern.engine.block_files import open_directory
@@ -32,7 +34,7 @@ from tern.engine.cache_size import (
 from tern.engine.device import current, free_unused_memory, is_device_lost, is_out_of_memory, resolve_device
 from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
-from tern.engine.fits import check_fits, does_not_fit
+from tern.engine.fits import does_not_fit, dtype_of
 from tern.engine.graphs import capture_for
 from tern.engine.memory_profile import memory_for_cache
 from tern.engine.options import EngineOptions
@@ -85,7 +87,9 @@ class Engine:
         self.drafter = Drafter(options, predicts=_has_predictor(model, options))
         check_cache_dtype(options.kv_cache_dtype, model.device)
         kv_dtype, narrow = cache_dtype(options.kv_cache_dtype, model.dtype), narrow_cache(model.device)
-        memory = memory_for_cache(model, options, kv_dtype, self.max_model_len, self.drafter.predicted_drafts)
+        attention = _attention(model, options, kv_dtype)
+        sizes = (kv_dtype, self.max_model_len, self.drafter.predicted_drafts)
+        memory = memory_for_cache(model, options, *sizes, attention)
         num_blocks = resolve_num_blocks(options, model.config, kv_dtype, memory, self.max_model_len, narrow)
         self.runner = Runner(
             model,
@@ -96,6 +100,7 @@ class Engine:
             max_model_len=self.max_model_len,
             predicted_drafts=self.drafter.predicted_drafts,
             capture=capture_for(model.device, enforce_eager=options.enforce_eager or model.is_split),
+            attention=attention,
             progress=progress,
         )
         if self.runner.graphs is not None:
@@ -139,15 +144,16 @@ class Engine:
             open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         device = resolve_device(options.device, fp8=options.wants_fp8)
-        device, split = resolve_residence(options, source, dtype, device)
+        device, split = resolve_residence(options, source, device)
         check_cache_dtype(options.kv_cache_dtype, device)
-        if split is None:
-            check_fits(source, options, device)
+        ops.check_attention_backend(options.attention_backend, device)
         with current(device):
             try:
                 return cls._load(source, options, device, dtype, split, progress)
             except torch.OutOfMemoryError as error:
-                raise does_not_fit(source, device) from error
+                traceback.clear_frames(error.__traceback__)  # else what was loaded stays, and little seems to be there
+                free_unused_memory(device)
+                raise does_not_fit(source, options, dtype_of(source, options), device, split) from error
 
     @classmethod
     def _load(
@@ -461,3 +467,20 @@ def _has_predictor(model: ErnieModel, options: EngineOptions) -> bool:
     if model.mtp is None and options.speculation == "mtp":
         raise OptionError("speculation is 'mtp' but the model has no multi-token predictor: choose ngram, auto or off.")
     return model.mtp is not None
+
+
+def _attention(model: ErnieModel, options: EngineOptions, kv_dtype: torch.dtype) -> ops.AttentionLibrary | None:
+    """What attends chunks of prompts in place of Tern's kernels. Raises `OptionError` if it is asked for and cannot."""
+    ops.check_attention_backend(options.attention_backend, model.device)
+    if not ops.uses_gpu(model.device):
+        return None
+    work = ops.AttentionWork(
+        device=model.device,
+        heads=model.config.num_attention_heads,
+        kv_heads=model.config.num_key_value_heads,
+        head_dim=model.config.head_dim,
+        dtype=model.dtype,
+        cache_dtype=kv_dtype,
+        block_size=options.block_size,
+    )
+    return ops.choose_attention(options.attention_backend, work)

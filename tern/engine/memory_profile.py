@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tern import ops
 from tern.engine.cache_size import GpuMemory, free_memory
 from tern.engine.device import CONTEXT_BYTES, GpuFacts, current
 from tern.engine.graphs import Compute
@@ -24,15 +25,23 @@ if TYPE_CHECKING:
 
 
 def memory_for_cache(
-    model: ErnieModel, options: EngineOptions, kv_dtype: torch.dtype, max_model_len: int, predicted_drafts: int
+    model: ErnieModel,
+    options: EngineOptions,
+    kv_dtype: torch.dtype,
+    max_model_len: int,
+    predicted_drafts: int,
+    attention: ops.AttentionLibrary | None = None,
 ) -> int | GpuMemory:
-    """What `resolve_num_blocks` reads: the free bytes of the processor, or the memory of the model's GPU."""
+    """What `resolve_num_blocks` reads: the free bytes of the processor, or the memory of the model's GPU.
+
+    `attention` attends chunks, in what is run here as later.
+    """
     layers = model.config.num_hidden_layers + 1 if predicted_drafts else 0  # the predictor's cache has a layer too
     if model.device.type != "cuda":
         free = free_memory(model.device)
         return free - free // layers if layers else free
     with current(model.device):
-        step = _step_bytes(model, options, kv_dtype, max_model_len, predicted_drafts)
+        step = _step_bytes(model, options, kv_dtype, max_model_len, predicted_drafts, attention)
         torch.cuda.empty_cache()
         facts = GpuFacts.of(model.device)
         others = facts.total - facts.free - torch.cuda.memory_reserved(model.device) - CONTEXT_BYTES
@@ -43,7 +52,12 @@ def memory_for_cache(
 
 
 def _step_bytes(
-    model: ErnieModel, options: EngineOptions, kv_dtype: torch.dtype, max_model_len: int, predicted_drafts: int
+    model: ErnieModel,
+    options: EngineOptions,
+    kv_dtype: torch.dtype,
+    max_model_len: int,
+    predicted_drafts: int,
+    attention: ops.AttentionLibrary | None,
 ) -> int:
     """Bytes that steps take beside weights and cache, at their peak.
 
@@ -62,6 +76,7 @@ def _step_bytes(
         max_model_len=max_model_len,
         predicted_drafts=predicted_drafts,
         capture=_run_once,
+        attention=attention,
     )
     standing = torch.cuda.memory_allocated(model.device)
     decode = torch.cuda.max_memory_allocated(model.device) - standing

@@ -14,6 +14,7 @@ from tern.errors import OptionError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3")  # the same, the second as vLLM names it
 KV_CACHE_DTYPES = ("auto", "bfloat16", "int8", *FP8_CACHE_DTYPES)
+ATTENTION_BACKENDS = ("auto", "tern", "flash-attn", "flashinfer")
 QUANTIZATIONS = ("wint4", "wint8", "fp8", "block_wise_fp8", "none")
 SPECULATIONS = ("auto", "off", "ngram", "mtp")
 DEFAULT_KV_CACHE_DIR_SIZE = 20_000_000_000
@@ -35,6 +36,8 @@ class EngineOptions:
     with neither, what `tern.engine.cache_size` takes from free memory; `kv_cache_dtype` is what its keys and values are
     kept in: "auto" is the model's own type; "int8" on a CPU and "fp8" (or "fp8_e4m3") on a GPU take about half of
     bfloat16's memory. On a GPU, weights, steps and cache together take `gpu_memory_utilization` of its memory,
+    `attention_backend` says who attends the chunks of prompts: "tern", a library ("flash-attn", "flashinfer"), or what
+    is installed and can ("auto"),
     `enforce_eager` computes every step without CUDA graphs, and `async_scheduling` begins a step before the tokens of
     the one before are delivered; None does so on a GPU. `enable_prefix_caching` reuses the blocks of prompts that
     begin alike; in the directory `kv_cache_dir` they outlive the engine, in files of at most `kv_cache_dir_size` bytes
@@ -63,6 +66,7 @@ class EngineOptions:
     kv_cache_memory: int | None = None
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
+    attention_backend: str = "auto"
     enforce_eager: bool = False
     async_scheduling: bool | None = None
     enable_prefix_caching: bool = True
@@ -112,6 +116,9 @@ class EngineOptions:
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             known = ", ".join(KV_CACHE_DTYPES)
             raise OptionError(f"kv_cache_dtype is {self.kv_cache_dtype!r}: it must be one of {known}.")
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            known = ", ".join(ATTENTION_BACKENDS)
+            raise OptionError(f"attention_backend is {self.attention_backend!r}: it must be one of {known}.")
         if self.kv_cache_dtype == "int8" and self.block_size % 4:
             raise OptionError(
                 f"block_size is {self.block_size}: with kv_cache_dtype int8 it must be a multiple of 4, such as 16."

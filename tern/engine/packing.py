@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tern import ops
 from tern.engine.scheduler import Chunk
 from tern.model.batch import Batch
 
@@ -35,8 +36,8 @@ class PackedStep:
         """Whether every sequence has one token, which is followed by a sampled one."""
         return self.max_query_len == 1 and len(self.logit_rows) == len(self.token_ids)
 
-    def on(self, device: torch.device) -> Batch:
-        """The step on a device. All of it lies in one buffer and goes there in a single copy."""
+    def on(self, device: torch.device, attention: ops.AttentionLibrary | None = None) -> Batch:
+        """The step on a device, its chunks for `attention`. All of it goes there in one buffer, by a single copy."""
         tables = self.block_tables
         heads = (self.token_ids, self.positions, self.slots, self.query_starts, self.context_lens, self.logit_rows)
         parts = (*heads, tables.ravel())
@@ -52,6 +53,7 @@ class PackedStep:
             logit_rows=views[5],
             max_query_len=self.max_query_len,
             max_context_len=self.max_context_len,
+            chunks=ops.Chunks.of(attention, self.query_starts, self.context_lens),
         )
 
 

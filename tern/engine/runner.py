@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tern import ops
 from tern.engine.device import current
 from tern.engine.graphs import Capture, DecodeGraphs
 from tern.engine.packing import PackedStep, pack
@@ -88,8 +89,8 @@ class Runner:
 
     A step is computed by `run`, or by `begin` and `finish` with the beginning of the next one between them. With
     `capture`, and at most `max_num_seqs` sequences of `max_model_len` tokens a step, decodes are computed by what it
-    captures (`tern.engine.graphs`). With `predicted_drafts`, sequences that are followed get drafts from the model's
-    predictor for the next step.
+    captures (`tern.engine.graphs`). With `attention`, that attends the chunks of prompts. With `predicted_drafts`,
+    sequences that are followed get drafts from the model's predictor for the next step.
     """
 
     def __init__(
@@ -103,9 +104,11 @@ class Runner:
         max_model_len: int,
         predicted_drafts: int = 0,
         capture: Capture | None = None,
+        attention: ops.AttentionLibrary | None = None,
         progress: bool = False,
     ) -> None:
         self.model = model
+        self.attention = attention
         spare = num_blocks  # for the padding of graphs
         self.kv = KVCache.allocate(
             model.config,
@@ -182,7 +185,7 @@ class Runner:
         if self.graphs is not None and self.graphs.takes(step):
             batch, hidden = self.graphs.run(step, token_ids)
             return batch, hidden, self.model.logits(hidden)
-        batch = step.on(self.model.device)
+        batch = step.on(self.model.device, self.attention)
         if token_ids is not None:
             batch.token_ids.copy_(token_ids)
         hidden = self.model.hidden(batch, self.kv)

@@ -31,7 +31,8 @@ class Batch:
     `logit_rows` [rows] are the rows whose next-token logits are wanted, in order: the last of each sequence that
     samples, and those before it whose next token is only a draft.
     `max_query_len` and `max_context_len` are the largest chunk and context, known on the host. Of a batch that a CUDA
-    graph is captured with, they are the largest that it may be replayed for.
+    graph is captured with, they are the largest that it may be replayed for. `chunks` are the step's chunks of prompts
+    where a library attends them.
     """
 
     token_ids: torch.Tensor
@@ -43,6 +44,7 @@ class Batch:
     logit_rows: torch.Tensor
     max_query_len: int
     max_context_len: int
+    chunks: ops.Chunks | None = None
 
 
 @dataclass(frozen=True)

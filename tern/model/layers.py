@@ -39,6 +39,7 @@ class Step:
             kv.values,
             max_query_len=batch.max_query_len,
             max_context_len=batch.max_context_len,
+            chunks=batch.chunks,
         )
         return cls(cosines, signed_sines, batch.slots, plan)
 
@@ -103,17 +104,13 @@ class Experts:
     """Mixture of experts: each token's top experts, weighted by the router, and the shared experts unweighted."""
 
     def __init__(self, config: ErnieConfig, parameters: Parameters) -> None:
-        self.experts_per_token = config.moe_k
-        self.norm_min = config.moe_norm_min
-        self.router = parameters["router"]
-        self.correction_bias = parameters["correction_bias"]
+        self.router = ops.Router(parameters["router"], parameters["correction_bias"], config.moe_k, config.moe_norm_min)
         self.gate_up = parameters.weight("gate_up")
         self.down = parameters.weight("down")
         self.shared = swiglu_weights(parameters.under("shared.")) if config.moe_num_shared_experts > 0 else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        weights, experts = ops.route(x, self.router, self.correction_bias, self.experts_per_token, self.norm_min)
-        return ops.mix_experts(x, weights, experts, self.gate_up, self.down, self.shared)
+        return ops.mixture(x, self.router, self.gate_up, self.down, self.shared)
 
 
 class Attention:

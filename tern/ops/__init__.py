@@ -23,6 +23,14 @@ from tern.ops import (
     reference_sampling,
     split_experts,
 )
+from tern.ops.attention_libraries import (
+    AttentionLibrary,
+    AttentionWork,
+    Chunks,
+    check_attention_backend,
+    choose_attention,
+    installed_attention,
+)
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, Weight, round_to_fp8
 from tern.ops.packed import PackedWeight, empty, packed_shapes, unpack
 from tern.ops.placement import on_gpu, uses_gpu
@@ -36,28 +44,37 @@ from tern.ops.reference import (
     write_kv,
 )
 from tern.ops.reference_sampling import Draws, likeliest
+from tern.ops.router import Router
 from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
+    "AttentionLibrary",
     "AttentionPlan",
+    "AttentionWork",
+    "Chunks",
     "Draws",
     "Fp8Weight",
     "GpuWeight",
     "PackedWeight",
+    "Router",
     "RowPackedWeight",
     "SwiGLUWeights",
     "Weight",
     "add_rms_norm",
     "cached_head_dim",
+    "check_attention_backend",
+    "choose_attention",
     "draw",
     "embed",
     "empty",
+    "installed_attention",
     "keep_allowed",
     "kv_cache_shapes",
     "largest",
     "likeliest",
     "linear",
     "mix_experts",
+    "mixture",
     "pack",
     "packed_shapes",
     "paged_attention",
@@ -173,6 +190,16 @@ def mix_experts(
     return reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
 
 
+def mixture(x: Tensor, router: Router, gate_up: Weight, down: Weight, shared: SwiGLUWeights | None = None) -> Tensor:
+    """`mix_experts` of what `route` gives for `x` [T, H] -> [T, H]; a GPU computes them in fewer launches."""
+    if on_gpu(x) and isinstance(gate_up, GpuWeight) and isinstance(down, GpuWeight):
+        from tern.ops import cuda
+
+        return cuda.mixture(x, router, gate_up, down, shared)
+    chosen = route(x, router.weight, router.correction_bias, router.experts_per_token, router.norm_min)
+    return mix_experts(x, *chosen, gate_up, down, shared)
+
+
 def rotate_and_store(
     qkv: Tensor, cosines: Tensor, signed_sines: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
 ) -> Tensor:
@@ -194,18 +221,19 @@ def plan_attention(
     *,
     max_query_len: int,
     max_context_len: int,
+    chunks: Chunks | None = None,
 ) -> AttentionPlan:
     """Prepare a step's queries for caches whose values are like `values` [..., block_size / r, W, r].
 
     Sequence s owns the query rows `query_starts[s] : query_starts[s + 1]`, the last positions of a context of
     `context_lens[s]` tokens whose slots lie in the blocks `block_tables[s]`. Shapes [S + 1], [S], [S, max_blocks].
     No chunk is longer than `max_query_len` and no context than `max_context_len`: a GPU's launches are sized by them,
-    for the host reads no tensor there.
+    for the host reads no tensor there. `chunks` are those that a library attends on a GPU.
     """
     if on_gpu(values):
         from tern.ops import cuda
 
-        return cuda.GpuPlan(query_starts, context_lens, block_tables, max_query_len, max_context_len)
+        return cuda.GpuPlan(query_starts, context_lens, block_tables, max_query_len, max_context_len, chunks)
     if cpu.can_attend(values):
         return cpu.SequencesPlan(query_starts, context_lens, block_tables)
     return reference_attention.plan_attention(

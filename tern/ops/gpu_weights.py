@@ -18,6 +18,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 BLOCK = 128
 """Rows and depths of an fp8 weight that share a scale, and depths of an activation that do."""
+ROUNDED_NUMBERS = 2**23
+"""Numbers of a weight that are rounded to fp8 together, above those of an expert: 32 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,16 +173,46 @@ Weight = GpuWeight | PackedWeight
 
 
 def round_to_fp8(weight: Tensor, *, block_wise: bool) -> Fp8Weight:
-    """Round `weight` [..., out, in]: the largest magnitude under a scale becomes 448."""
-    wide = weight.float()
-    if block_wise:
-        *stack, rows, depths = wide.shape
-        padded = functional.pad(wide.abs(), (0, -depths % BLOCK, 0, -rows % BLOCK))
-        peaks = padded.view(*stack, -(-rows // BLOCK), BLOCK, -1, BLOCK).amax(dim=(-3, -1))
-    else:
-        peaks = wide.abs().amax(dim=(-2, -1), keepdim=True)
-    scales = torch.where(peaks > 0, peaks / FP8_MAX, 1.0)
-    return Fp8Weight((wide / _spread(scales, tuple(wide.shape))).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales)
+    """Round `weight` [..., out, in]: the largest magnitude under a scale becomes 448.
+
+    In runs of rows of about `ROUNDED_NUMBERS` numbers: beside the result that is all the memory it takes.
+    """
+    *stack, rows, depth = weight.shape
+    blocks = (-(-rows // BLOCK), -(-depth // BLOCK)) if block_wise else (1, 1)
+    values = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scales = torch.empty((*stack, *blocks), dtype=torch.float32, device=weight.device)
+    matrices = weight.reshape(-1, rows, depth), values.view(-1, rows, depth), scales.view(-1, *blocks)
+    for matrix, its_values, its_scales in zip(*matrices, strict=True):
+        _round_matrix(matrix, its_values, its_scales)
+    return Fp8Weight(values, scales)
+
+
+def _round_matrix(matrix: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Fill `values` [out, in] and `scales`, a scale a block or one for all, from `matrix` [out, in]."""
+    step = max(1, ROUNDED_NUMBERS // max(1, BLOCK * matrix.shape[1])) * BLOCK
+    runs = torch.split(matrix, step)
+    block_wise = scales.numel() > 1
+    if not block_wise:
+        scales.copy_(_scales(torch.stack([run.abs().max() for run in runs]).max()))
+    for place, run in enumerate(runs):
+        own = scales
+        if block_wise:
+            own = scales[place * step // BLOCK :][: -(-run.shape[0] // BLOCK)]
+            own.copy_(_scales(_block_peaks(run)))
+        wide = run.float() / _spread(own, tuple(run.shape))
+        values[place * step :][: run.shape[0]].copy_(wide.clamp_(-FP8_MAX, FP8_MAX))
+
+
+def _block_peaks(rows: Tensor) -> Tensor:
+    """The largest magnitudes of the blocks of `rows` [out, in] -> [ceil(out / 128), ceil(in / 128)]."""
+    padded = functional.pad(rows.abs(), (0, -rows.shape[1] % BLOCK, 0, -rows.shape[0] % BLOCK))
+    return padded.view(-(-rows.shape[0] // BLOCK), BLOCK, -1, BLOCK).amax(dim=(1, 3))
+
+
+def _scales(peaks: Tensor) -> Tensor:
+    """The float32 scales that bring `peaks` to the largest number of fp8."""
+    wide = peaks.float()
+    return torch.where(wide > 0, wide / FP8_MAX, 1.0)
 
 
 def round_rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:

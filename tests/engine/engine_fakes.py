@@ -32,6 +32,7 @@ class HashModel:
             vocab_size=vocab_size,
             max_position_embeddings=length,
             num_hidden_layers=1,
+            num_attention_heads=1,
             num_key_value_heads=1,
             head_dim=1,
         )

@@ -28,6 +28,7 @@ from tern.ops.placement import interpreted
         ({"num_kv_blocks": 0}, "num_kv_blocks is 0"),
         ({"kv_cache_memory": -5}, "kv_cache_memory is -5"),
         ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4': it must be one of auto, bfloat16, int8, fp8"),
+        ({"attention_backend": "flash"}, "attention_backend is 'flash': it must be one of auto, tern, flash-attn, fla"),
         (
             {"kv_cache_dtype": "int8", "block_size": 6},
             "block_size is 6: with kv_cache_dtype int8 it must be a multiple",

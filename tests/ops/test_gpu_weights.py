@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tern.ops import reference_packed
+from tern.ops import gpu_weights, reference_packed
 from tern.ops.gpu_weights import (
     BLOCK,
     FP8_MAX,
@@ -15,6 +15,7 @@ from tern.ops.gpu_weights import (
     round_to_fp8,
 )
 from tern.ops.packed import unpack
+from tests.memory_peak import MemoryPeak
 
 SHAPES = [(16, 32), (40, 96), (5, 33), (6, 100), (34, 64)]
 
@@ -64,6 +65,30 @@ def test_fp8_errs_by_half_a_step_of_its_scale(shape: tuple[int, ...], block_wise
     # e4m3 has three bits of mantissa: an error of at most a sixteenth, and 2^-10 of the scale near zero
     errors = (rounded.floats() - weight).abs()
     assert (errors <= weight.abs() / 16 + rounded.scales.max() * 2**-10).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 128), (1000, 257), (129, 640), (2, 300, 140)])
+@pytest.mark.parametrize("block_wise", [True, False])
+def test_fp8_is_the_same_in_runs_of_any_length(
+    shape: tuple[int, ...], block_wise: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = (noise(*shape) * torch.linspace(0.1, 9, shape[-2])[:, None]).to(dtype)
+    whole = round_to_fp8(weight, block_wise=block_wise)
+    for numbers in (1, 3 * BLOCK * shape[-1]):
+        monkeypatch.setattr(gpu_weights, "ROUNDED_NUMBERS", numbers)
+        in_runs = round_to_fp8(weight, block_wise=block_wise)
+        assert torch.equal(in_runs.values.view(torch.uint8), whole.values.view(torch.uint8))
+        assert torch.equal(in_runs.scales, whole.scales)
+
+
+@pytest.mark.parametrize("block_wise", [True, False])
+def test_rounding_to_fp8_takes_the_memory_of_a_run(block_wise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_weights, "ROUNDED_NUMBERS", run := 2 * BLOCK * 256)
+    weight = noise(40 * BLOCK + 3, 256).bfloat16()
+    with MemoryPeak() as peak:
+        rounded = round_to_fp8(weight, block_wise=block_wise)
+    assert rounded.nbytes < peak.most < rounded.nbytes + 5 * run * 4
 
 
 def test_fp8_of_zeros() -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tern.ops.attention_libraries import Chunks
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
 
 PIECE = 256
@@ -60,6 +61,8 @@ class GpuPlan:
     block_tables: Tensor
     max_query_len: int
     max_context_len: int
+    chunks: Chunks | None = None
+    """Of prompts, where a library attends them; None where the kernels here do."""
 
 
 def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, plan: GpuPlan) -> Tensor:
@@ -81,7 +84,10 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
     rows = max(LEAST_ROWS if wide else MAX_ROWS, triton.next_power_of_2(group))
     few = plan.max_query_len if plan.max_query_len * group <= rows else 1
     caches = (key_cache, value_cache)
-    if plan.max_query_len > few:
+    if plan.max_query_len > few and plan.chunks is not None:
+        plan.chunks.attend(queries, caches, plan.block_tables, output)
+        few = plan.chunks.longest_within(rows // group)  # which are attended here, whatever the library made of them
+    elif plan.max_query_len > few:
         _attend_chunks(queries, caches, plan, output, few, rows)
     if plan.max_query_len <= few or sequences > 1:
         _attend_pieces(queries, caches, plan, output, few)

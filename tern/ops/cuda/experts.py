@@ -12,12 +12,24 @@ from torch import Tensor
 from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.launch import INTERPRETED, narrow, tl, triton
 from tern.ops.cuda.matmul import swiglu
-from tern.ops.cuda.products import Routing, multiply
+from tern.ops.cuda.products import Beside, Routing, kind_of, multiply
+from tern.ops.cuda.router import choose
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight
+from tern.ops.router import Router
 from tern.ops.swiglu import SwiGLUWeights
 
 _SORT_BLOCK = 2048
 _MIX_COLUMNS = 512
+
+
+def mixture(
+    x: Tensor, router: Router, gate_up: GpuWeight, down: GpuWeight, shared: SwiGLUWeights | None = None
+) -> Tensor:
+    """`mix_experts` [T, H] of the experts that the router chooses for `x` [T, H]."""
+    weights, experts, routing = choose(
+        x, router.weight, router.correction_bias, router.experts_per_token, router.norm_min
+    )
+    return mix_experts(x, weights, experts, gate_up, down, shared, routing)
 
 
 def mix_experts(
@@ -27,15 +39,49 @@ def mix_experts(
     gate_up: GpuWeight,
     down: GpuWeight,
     shared: SwiGLUWeights | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
-    """As `tern.ops.reference_gpu.mix_experts`: `x` [T, H], `weights`, `experts` [T, K] -> [T, H]."""
+    """As `tern.ops.reference_gpu.mix_experts`: `x` [T, H], `weights`, `experts` [T, K] -> [T, H].
+
+    `routing` is `sort_by_expert(experts, E)` where it is known.
+    """
     x = x.contiguous()
     rounds = isinstance(gate_up, Fp8Weight) or (shared is not None and isinstance(shared.gate_up, Fp8Weight))
     rounded = round_rows_to_fp8(x) if rounds else None
-    routing = sort_by_expert(experts, gate_up.shape[0])
-    gated = multiply(x, gate_up, gated=True, routing=routing, rounded=rounded)
-    outputs = multiply(gated, down, routing=routing)
-    return _mix(outputs, weights, experts, None if shared is None else swiglu(x, shared, rounded))
+    routing = routing or sort_by_expert(experts, gate_up.shape[0])
+    added: Tensor | None = None
+    if shared is not None and _is_alike(shared, gate_up, down):
+        outputs, added = _multiply_together(x, rounded, routing, gate_up, down, shared)
+    else:
+        gated = multiply(x, gate_up, gated=True, routing=routing, rounded=rounded)
+        outputs = multiply(gated, down, routing=routing)
+        if shared is not None:
+            added = swiglu(x, shared, rounded)
+    return _mix(outputs, weights, experts, added)
+
+
+def _is_alike(shared: SwiGLUWeights, gate_up: GpuWeight, down: GpuWeight) -> bool:
+    """Whether the shared expert's products can be computed in the launches of the experts'."""
+    unbiased = shared.gate_up_bias is None and shared.down_bias is None
+    pairs = ((shared.gate_up, gate_up), (shared.down, down))
+    return unbiased and all(isinstance(own, GpuWeight) and kind_of(own) == kind_of(other) for own, other in pairs)
+
+
+def _multiply_together(
+    x: Tensor,
+    rounded: tuple[Tensor, Tensor] | None,
+    routing: Routing,
+    gate_up: GpuWeight,
+    down: GpuWeight,
+    shared: SwiGLUWeights,
+) -> tuple[Tensor, Tensor]:
+    """What the experts give for the pairs [T * K, H], in their order, and the shared one for tokens [T, H]."""
+    assert isinstance(shared.gate_up, GpuWeight)
+    assert isinstance(shared.down, GpuWeight)
+    beside = Beside(x, shared.gate_up, x.new_empty(x.shape[0], shared.down.shape[1]), rounded)
+    gated = multiply(x, gate_up, gated=True, routing=routing, rounded=rounded, beside=beside)
+    added = Beside(beside.out, shared.down, torch.empty_like(x))
+    return multiply(gated, down, routing=routing, beside=added), added.out
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> Routing:

@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from tern.ops import SwiGLUWeights, reference_packed  # noqa: E402
-from tern.ops.cuda import linear, mix_experts  # noqa: E402
+from tern.ops import Router, SwiGLUWeights, reference_packed  # noqa: E402
+from tern.ops.cuda import linear, mixture, swiglu  # noqa: E402
 from tern.ops.cuda.products import multiply  # noqa: E402
 from tern.ops.gpu_weights import GpuWeight, RowPackedWeight, round_to_fp8  # noqa: E402
 
@@ -86,8 +86,10 @@ def print_kernels(kind: str) -> None:
     depth = 1024
     shared = SwiGLUWeights(weight_of(kind, 256, depth), weight_of(kind, depth, 128))
     stacks = weight_of(kind, 4, 128, depth), weight_of(kind, 4, depth, 64)
-    experts = torch.zeros(1, 2, dtype=torch.int64)
-    mix_experts(torch.randn(1, depth).bfloat16(), torch.ones(1, 2), experts, *stacks, shared)
+    router = Router(torch.randn(4, depth), torch.zeros(4), 2, 1e-12)
+    for tokens in (1, 2000):
+        mixture(torch.randn(tokens, depth).bfloat16(), router, *stacks, shared)
+    swiglu(torch.randn(1, depth).bfloat16(), shared)
     linear(torch.randn(40, 1000).bfloat16(), weight_of(kind, 2, 1000), torch.ones(2).bfloat16())
     print(*sorted(names))
 
