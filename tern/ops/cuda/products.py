@@ -194,8 +194,9 @@ def _scales(weight: GpuWeight) -> tuple[Tensor, int, int, int]:
 
 
 # With few rows it is bound by reading the weight once: 64 weight rows of 128 bytes a tile, 64 for 4 bits, several
-# stages of which two programs a processor keep in flight. With many rows it is bound by the tensor cores: tiles of 128
-# by 128, or twice 64 by 128, and tiles of rows in groups, so that a weight's tile is read from memory once a group.
+# stages of which two programs a processor keep in flight. With many rows it is bound by the tensor cores and the second
+# cache: tiles of 128 by 128, or 256 by 128 of plain weights in one chunk, half of them gates where it is gated, and
+# tiles of rows in groups, so that a weight's tile is read from memory once a group.
 @triton.jit
 def _product(
     out,
