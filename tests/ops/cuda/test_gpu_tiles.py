@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tune_gpu
+from tern.ops.cuda import tiles
 from tern.ops.cuda.tiles import (
     BLOCKS_T,
     TABLE,
@@ -36,6 +37,22 @@ def test_the_rule_fits_every_shape(kind: str, x_bytes: int, columns: int, depth:
         sums = usual_sums(shape)
         assert problem(shape, sums, usual_tile(shape, sums, block_t)) is None
         assert (sums.splits - 1) * sums.chunk(depth) < depth <= sums.splits * sums.chunk(depth)
+
+
+@pytest.mark.parametrize(("kind", "x_bytes"), KINDS)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
+def test_tiles_fit_the_card(
+    kind: str, x_bytes: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("is_available", True), ("get_device_capability", capability)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    has = {(8, 0): 163, (10, 0): 227}.get(capability, 99) * 1024
+    monkeypatch.setattr(tiles, "_table", dict)
+    for (columns, depth), gated, routed, rows in product(SIZES, (False, True), (False, True), (1, 30, 64, 500)):
+        shape = Shape(kind, columns, depth, gated, routed, x_bytes)  # type: ignore[arg-type]
+        sums, tile = choose(shape, rows)
+        assert sums == usual_sums(shape), "sums are those of every card"
+        assert problem(shape, sums, tile, has - 20 * 1024) is None
 
 
 def test_sums_do_not_follow_from_the_rows() -> None:
