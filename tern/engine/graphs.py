@@ -135,8 +135,8 @@ class StepGraphs:
         self._graphs: dict[tuple[bool, int], Compute] = {}
         keys = [(False, size) for size in self.sizes] + [(True, size) for size in self.drafted_sizes]
         with current(device), item_progress(title or "", len(keys), enabled=title is not None) as advance:
-            self._inputs.receive(_nobodys(limits))  # warm-ups must write where nobody's keys are
             for drafted, size in sorted(keys, key=lambda key: -key[1]):
+                self._inputs.receive(_nobodys(size, limits))  # warm-ups must write where nobody's keys are
                 query_len = 1 + limits.max_drafts if drafted else 1
                 batch = self._inputs.batch(size, query_len, limits.max_context_len)
                 self._graphs[drafted, size] = capture(partial(compute, batch))
@@ -158,7 +158,7 @@ class StepGraphs:
         copied = int(step.positions.argmin())
         self._inputs.receive(_padded(step, size, copied, self._limits))
         if token_ids is not None:
-            self._inputs.replace_tokens(token_ids, size, copied)
+            self._inputs.replace_tokens(token_ids, size)
         return self._graphs[step.max_query_len > 1, size]()[:rows]
 
     def _sizes(self, step: PackedStep) -> list[int]:
@@ -169,7 +169,7 @@ def _padded(step: PackedStep, size: int, copied: int, limits: GraphLimits) -> _P
     """A step with padding up to `size` rows, each a sequence of its own, that repeats the row `copied`."""
     rows, sequences = len(step.token_ids), len(step.context_lens)
     padding = slice(sequences, sequences + size - rows)
-    heads = np.zeros((5, size + 1), np.int64)
+    heads = np.zeros((_HEADS, _pitch(size)), np.int64)
     heads[:3, :rows] = step.token_ids, step.positions, step.slots
     heads[:2, rows:size] = heads[:2, copied, None]
     heads[2, rows:size] = limits.spare_block * limits.block_size
@@ -178,6 +178,8 @@ def _padded(step: PackedStep, size: int, copied: int, limits: GraphLimits) -> _P
     heads[4] = size
     heads[4, :sequences] = step.query_starts[:-1]
     heads[4, padding] = np.arange(rows, size)
+    heads[5, :rows] = np.arange(rows)
+    heads[5, rows:size] = copied
     owner = int(np.searchsorted(step.query_starts, copied, side="right")) - 1
     tables = np.full((size, step.block_tables.shape[1]), limits.spare_block, np.int64)
     tables[:sequences] = step.block_tables
@@ -185,20 +187,29 @@ def _padded(step: PackedStep, size: int, copied: int, limits: GraphLimits) -> _P
     return _Padded(heads, tables)
 
 
-def _nobodys(limits: GraphLimits) -> _Padded:
-    """As many rows as there can be, of token 0 at position 0 of the spare block."""
-    heads = np.zeros((5, limits.max_rows + 1), np.int64)
+def _nobodys(size: int, limits: GraphLimits) -> _Padded:
+    """`size` rows of token 0 at position 0 of the spare block."""
+    heads = np.zeros((_HEADS, _pitch(size)), np.int64)
     heads[2:4] = [[limits.spare_block * limits.block_size], [1]]
-    heads[4] = np.arange(limits.max_rows + 1)
-    return _Padded(heads, np.full((limits.max_rows, 1), limits.spare_block, np.int64))
+    heads[4] = np.arange(_pitch(size))
+    return _Padded(heads, np.full((size, 1), limits.spare_block, np.int64))
+
+
+_HEADS = 6
+
+
+def _pitch(size: int) -> int:
+    """Numbers from the beginning of a head to that of the next: room for one more than rows, and 16 bytes divide it."""
+    return (size // 2 + 1) * 2
 
 
 @dataclass(frozen=True)
 class _Padded:
     """What changes from step to step, with padding.
 
-    `heads` [5, size + 1] are token ids, positions and slots of rows, lengths of contexts and first rows of sequences;
-    `tables` [size, blocks of the longest]. Only first rows have a last column.
+    `heads` [_HEADS, _pitch(size)] are token ids, positions and slots of rows, lengths of contexts and first rows of
+    sequences, and of each row the one whose token it takes where tokens come from the device; `tables` [size, blocks of
+    the longest]. Only first rows have one more than `size`.
     """
 
     heads: np.ndarray
@@ -208,12 +219,14 @@ class _Padded:
 class _StaticInputs:
     """Buffers on the device for `max_rows` rows and tables of `width` blocks, filled by one copy from the host.
 
-    The host writes into pinned memory, two pieces of it in turn: the copy of the step before may still be under way.
+    What arrives is read where it lies: for each number of rows, heads have their places, and so has the table of a
+    single one. Other tables are of a width that changes, and are spread by a second copy. The host writes into pinned
+    memory, two pieces of it in turn: the copy of the step before may still be under way.
     """
 
     def __init__(self, max_rows: int, width: int, device: torch.device) -> None:
-        capacity, pinned = 5 * (max_rows + 1) + width * max_rows, device.type == "cuda"
-        self._heads = torch.zeros(5, max_rows + 1, dtype=torch.int64, device=device)
+        capacity, pinned = _HEADS * _pitch(max_rows) + width * max_rows, device.type == "cuda"
+        self._width = width
         self._tables = torch.zeros(max_rows, width, dtype=torch.int64, device=device)
         self._counts = torch.arange(max_rows, device=device)
         self._arrived = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -222,7 +235,7 @@ class _StaticInputs:
         self._turn = 0
 
     def receive(self, padded: _Padded) -> None:
-        """Bring a step's numbers to the first rows and columns of the buffers."""
+        """Bring a step's numbers to where its graph reads them."""
         self._turn = 1 - self._turn
         if (event := self._copied[self._turn]) is not None:
             event.synchronize()  # two steps ago: over long since
@@ -236,29 +249,31 @@ class _StaticInputs:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copied[self._turn] = event
-        heads, tables = torch.split(arrived, [part.size for part in parts])
         size, width = padded.tables.shape
-        self._heads[:, : size + 1].copy_(heads.view(5, size + 1))
-        self._tables[:size, :width].copy_(tables.view(size, width))
+        if size > 1:
+            self._tables[:size, :width].copy_(arrived[padded.heads.size :].view(size, width))
 
-    def replace_tokens(self, token_ids: Tensor, size: int, copied: int) -> None:
-        """Take the step's tokens from the device, and those of its padding up to `size` from its row `copied`."""
-        rows = len(token_ids)
-        self._heads[0, :rows].copy_(token_ids)
-        if rows < size:
-            self._heads[0, rows:size].copy_(token_ids[copied])
+    def replace_tokens(self, token_ids: Tensor, size: int) -> None:
+        """Take the tokens of what was received for `size` rows from the device, those of its padding among them."""
+        heads = self._heads(size)
+        torch.index_select(token_ids, 0, heads[5, :size], out=heads[0, :size])
 
     def batch(self, rows: int, max_query_len: int, max_context_len: int) -> Batch:
-        """The first `rows` rows, of up to as many sequences."""
-        token_ids, positions, slots, context_lens = self._heads[:4, :rows]
+        """What is received for `rows` rows, of up to as many sequences."""
+        heads = self._heads(rows)
+        token_ids, positions, slots, context_lens = heads[:4, :rows]
         return Batch(
             token_ids=token_ids,
             positions=positions,
             slots=slots,
-            query_starts=self._heads[4, : rows + 1],
+            query_starts=heads[4, : rows + 1],
             context_lens=context_lens,
-            block_tables=self._tables[:rows],
+            block_tables=self._arrived[heads.numel() :][None, : self._width] if rows == 1 else self._tables[:rows],
             logit_rows=self._counts[:rows],
             max_query_len=max_query_len,
             max_context_len=max_context_len,
         )
+
+    def _heads(self, rows: int) -> Tensor:
+        """Where the heads of a step of `rows` rows arrive."""
+        return self._arrived[: _HEADS * _pitch(rows)].view(_HEADS, _pitch(rows))

@@ -50,8 +50,8 @@ GRAMMAR_FAILED = (
 )
 
 
-_BROKEN, _MASKED = -1, -2
-"""What stands in place of a token where there is none: by the logits of the model, or by what the request forbids."""
+_MASKED = -2
+"""What stands in place of a token where the request forbids all; by the logits of the model it is `ops.NO_TOKEN`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Choice:
         return [self._answer(row, outcome, logprobs.get(row)) for row, outcome in enumerate(outcomes)]
 
     def _answer(self, row: int, outcome: int, scored: GeneratedToken | None) -> GeneratedToken | str:
-        if outcome == _BROKEN:
+        if outcome == ops.NO_TOKEN:
             return NOT_FINITE
         if row in self.failures:
             return self.failures[row]
@@ -119,24 +119,25 @@ class Sampler:
         scored_rows, edited_rows, drawn_rows, *sent = send([*indices, *columns, *arrays], logits.device)
 
         raw = logits[scored_rows] if scored else None
-        peaks, tokens = ops.largest(logits)
-        sound = peaks.abs() < math.inf
+        peaks, tokens, outcomes = ops.largest(logits)
         if edited:
             tensors = iter(sent[len(columns) :])
             for edit in edits:
                 edit.apply(logits, *islice(tensors, len(edit.arrays)))
             self._keep(logits, masks)
-            peaks[edited_rows], tokens[edited_rows] = ops.largest(logits[edited_rows])
+            peaks[edited_rows], tokens[edited_rows] = ops.largest(logits[edited_rows])[:2]
         if drawn:
             draws = ops.Draws(*sent[: len(columns)])
             if len(drawn) == len(sequences):
                 tokens = ops.draw(logits, peaks, draws)
             else:
                 tokens[drawn_rows] = ops.draw(logits[drawn_rows], peaks[drawn_rows], draws)
-        outcomes = torch.where(peaks.abs() < math.inf, tokens, _MASKED) if edited else tokens
+        if edited or drawn:
+            chosen = torch.where(peaks.abs() < math.inf, tokens, _MASKED) if edited else tokens
+            outcomes = torch.where(outcomes < 0, outcomes, chosen)
         return Choice(
             tokens=tokens,
-            outcomes=Arrival(torch.where(sound, outcomes, _BROKEN)),
+            outcomes=Arrival(outcomes),
             failures=failures,
             scored=scored,
             num_top=[states[row].params.logprobs or 0 for row in scored],

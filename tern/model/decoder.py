@@ -87,7 +87,7 @@ class ErnieModel:
     @torch.inference_mode()
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """Next-token logits of rows of `hidden` (or of the MTP's): [rows, hidden_size] -> [rows, vocab] float32."""
-        return ops.linear(hidden_rows, self.head, self.head_bias).float()
+        return ops.logits(hidden_rows, self.head, self.head_bias)
 
 
 def _check(config: ErnieConfig, tensors: Mapping[str, ops.Weight]) -> None:

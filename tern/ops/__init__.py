@@ -53,11 +53,12 @@ from tern.ops.reference import (
     rotary_frequencies,
     write_kv,
 )
-from tern.ops.reference_sampling import Draws, likeliest
+from tern.ops.reference_sampling import NO_TOKEN, Draws, likeliest
 from tern.ops.router import Router
 from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
+    "NO_TOKEN",
     "AttentionLibrary",
     "AttentionPlan",
     "AttentionWork",
@@ -89,6 +90,7 @@ __all__ = [
     "largest",
     "likeliest",
     "linear",
+    "logits",
     "mix_experts",
     "mixture",
     "pack",
@@ -144,6 +146,18 @@ def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
 
         return cuda.linear(x, weight, bias)
     return reference_gpu.linear(plain_rows(x), weight, bias)
+
+
+def logits(x: Rows, head: Weight, bias: Tensor | None = None) -> Tensor:
+    """`linear` of rows [T, in] with the vocabulary's weight [vocab, in] -> [T, vocab] float32.
+
+    Of numbers that the type of `x` holds; a GPU stores them as float32 at once.
+    """
+    if on_gpu(x) and isinstance(head, GpuWeight):
+        from tern.ops import cuda
+
+        return cuda.logits(x, head, bias)
+    return linear(x, head, bias).float()
 
 
 def swiglu(x: Rows, layer: SwiGLUWeights) -> Tensor:
@@ -324,8 +338,11 @@ def attend(
     return paged_attention(queries, key_cache, value_cache, plan).flatten(1)
 
 
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of logits and its place; see `tern.ops.reference_sampling.largest`."""
+def largest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of each row of logits, its place, and that again or NO_TOKEN where it is not finite.
+
+    See `tern.ops.reference_sampling.largest`.
+    """
     if on_gpu(logits):
         from tern.ops import cuda
 

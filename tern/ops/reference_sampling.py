@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CANDIDATES = (256, 8192)  # how many to look for a nucleus in before sorting a whole row, which takes 30 times as long
+NO_TOKEN = -1
 _BLOCK = 256  # tokens reduced together before the search for one descends into a block
 
 
@@ -44,8 +45,9 @@ class Draws:
         return Draws(*(field.to(device) for field in fields))
 
 
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of `logits` [rows, vocab] and its token id, the lowest on ties: [rows], [rows].
+def largest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of each row of `logits` [rows, vocab], its token id, the lowest on ties, and what is
+    `told` of it: [rows] each.
 
     NaN counts as largest. In two levels, because a maximum alone is found many times faster than its place.
     """
@@ -53,7 +55,13 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     block = blocks.amax(dim=-1).argmax(dim=-1)
     inside = blocks[torch.arange(len(logits), device=logits.device), block]
     peaks, place = inside.max(dim=-1)
-    return peaks, block * _BLOCK + place
+    tokens = block * _BLOCK + place
+    return peaks, tokens, told(peaks, tokens)
+
+
+def told(peaks: Tensor, tokens: Tensor) -> Tensor:
+    """The `tokens` [rows], and NO_TOKEN where the largest of a row, of `peaks` [rows], is not finite."""
+    return torch.where(peaks.abs() < math.inf, tokens, NO_TOKEN)
 
 
 def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:

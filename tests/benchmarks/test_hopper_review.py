@@ -27,10 +27,10 @@ if find_spec("triton") is None:
 
 # The most launches of a decode step of one sequence: in a layer of experts, in the graph beside the layers, and by the
 # host. Whoever saves one lowers its number; each costs more than a microsecond a token.
-A_LAYER = {"bf16": 16, "block_wise_fp8": 24, "wint4": 19}
-LAYER_0 = {"bf16": 9, "block_wise_fp8": 16, "wint4": 12}
-BESIDE_IN_GRAPH = 8
-BY_HOST = {"bf16": 13, "block_wise_fp8": 14, "wint4": 13}
+A_LAYER = {"bf16": 8, "block_wise_fp8": 9, "wint4": 8}
+LAYER_0 = {"bf16": 7, "block_wise_fp8": 8, "wint4": 7}
+BESIDE_IN_GRAPH = 3
+BY_HOST = {"bf16": 5, "block_wise_fp8": 6, "wint4": 5}
 HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 1
 
 LISTING = """
@@ -81,7 +81,8 @@ def test_a_decode_step_launches_no_more_than_it_did(form: str) -> None:
     }
     assert layers["layer 0, in the graph"] <= LAYER_0[form]
     of_experts = [section for section in step["sections"] if section["title"].startswith("each of layers")]
-    assert [section["times"] for section in of_experts] == [27], "all layers of experts are alike"
+    assert [section["times"] for section in of_experts] == [26], "layers of experts behind such ones are alike"
+    assert layers["layer 1, in the graph"] == step["a_layer"], "and so is the first, but for what its first norm adds"
     assert len(of_experts[0]["launches"]) == step["a_layer"] <= A_LAYER[form]
     assert step["in_graph"] <= LAYER_0[form] + 27 * A_LAYER[form] + BESIDE_IN_GRAPH
     assert sum(step["beside"].values()) <= BY_HOST[form]

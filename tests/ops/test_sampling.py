@@ -46,10 +46,14 @@ def test_the_largest_and_its_first_place(kernels: str, width: int) -> None:
     logits[2, width // 2 :] = math.nan
     logits[3] = 0.0
     logits[4, -1] = math.inf
-    peaks, ids = cpu.largest(logits)
-    expected, expected_ids = reference_sampling.largest(logits)
+    peaks, ids, told = cpu.largest(logits)
+    expected, expected_ids, expected_told = reference_sampling.largest(logits)
     assert torch.equal(peaks.nan_to_num(nan=7e7), expected.nan_to_num(nan=7e7)), kernels
     assert torch.equal(ids, expected_ids), kernels
+    assert torch.equal(told, expected_told), kernels
+    finite = expected.isfinite()
+    assert torch.equal(expected_told[finite], expected_ids[finite])
+    assert expected_told[~finite].tolist() == [reference_sampling.NO_TOKEN] * 3
 
 
 @pytest.mark.parametrize("width", [1, 2, 40, 256, 300, 9000])
@@ -58,7 +62,7 @@ def test_draws_are_those_of_plain_torch(kernels: str, width: int) -> None:
     rows = 200 if width < 9000 else 60
     logits = (noise(rows, width, seed=width) * 2).bfloat16().float()
     logits[rng.randrange(rows), 1:] = -math.inf
-    peaks, _ = reference_sampling.largest(logits)
+    peaks, _, _ = reference_sampling.largest(logits)
     draws = some_draws(rng, rows, width)
     expected = reference_sampling.draw(logits.clone(), peaks, draws)
     assert torch.equal(cpu.draw(logits.clone(), peaks, draws), expected), kernels
@@ -122,7 +126,7 @@ def test_a_row_without_a_peak_gets_a_token_and_disturbs_no_other(kernels: str) -
     logits[0] = -math.inf
     logits[10, 5] = math.nan
     logits[20, 5] = math.inf
-    peaks, _ = reference_sampling.largest(logits)
+    peaks, _, _ = reference_sampling.largest(logits)
     draws = some_draws(random.Random(3), 30, 700)
     sound = torch.tensor([row % 10 > 0 for row in range(30)])
     expected = reference_sampling.draw(logits[sound], peaks[sound], draws.rows(sound))

@@ -13,7 +13,7 @@ from torch import Tensor
 from tern.ops.cpu import _kernels
 from tern.ops.cpu.machine import machine
 from tern.ops.cpu.rows import as_rows
-from tern.ops.reference_sampling import Draws
+from tern.ops.reference_sampling import Draws, told
 
 
 def can_choose(logits: Tensor) -> bool:
@@ -21,12 +21,12 @@ def can_choose(logits: Tensor) -> bool:
     return logits.device.type == "cpu" and logits.dtype == torch.float32 and logits.is_contiguous()
 
 
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def largest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `tern.ops.reference_sampling.largest`."""
     peaks = torch.empty(len(logits))
     ids = torch.empty(len(logits), dtype=torch.int64)
     machine().largest(as_rows(logits), peaks.data_ptr(), ids.data_ptr())
-    return peaks, ids
+    return peaks, ids, told(peaks, ids)
 
 
 def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:

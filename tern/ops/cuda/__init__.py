@@ -7,7 +7,7 @@ Imported when a tensor lies on a GPU, or by a test: an installation for processo
 from tern.ops.cuda.attention import GpuPlan, attend, paged_attention
 from tern.ops.cuda.drawing import draw
 from tern.ops.cuda.experts import mix_experts, mixture
-from tern.ops.cuda.matmul import linear, swiglu
+from tern.ops.cuda.matmul import linear, logits, swiglu
 from tern.ops.cuda.norms import add_rms_norm
 from tern.ops.cuda.rotary import rotate_and_store
 from tern.ops.cuda.rotary_table import rotary_table
@@ -22,6 +22,7 @@ __all__ = [
     "keep_allowed",
     "largest",
     "linear",
+    "logits",
     "mix_experts",
     "mixture",
     "paged_attention",

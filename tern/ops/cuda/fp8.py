@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from tern.ops.cuda.launch import INTERPRETED, tl, triton
@@ -20,6 +24,21 @@ def round_rows_to_fp8(x: Tensor) -> Fp8Rows:
         grid = (rows, -(-groups // _GROUPS))
         _round_rows[grid](*tensors, depth, groups, GROUPS=_GROUPS, WIDTH=BLOCK, INTERPRETED=INTERPRETED)
     return rounded
+
+
+def round_parts_to_fp8(room: Tensor, parts: Sequence[Tensor]) -> list[Fp8Rows]:
+    """`round_rows_to_fp8` of each of `parts`, which lie in `room` [N] one behind the other and fill it, by one launch.
+
+    Their widths are multiples of 128.
+    """
+    rounded = round_rows_to_fp8(room.view(-1, math.gcd(*(part.shape[1] for part in parts))))
+    sizes = [part.numel() for part in parts]
+    values = torch.split(rounded.values.flatten(), sizes)
+    scales = torch.split(rounded.scales.flatten(), [size // BLOCK for size in sizes])
+    return [
+        Fp8Rows(own.view(part.shape), steps.view(part.shape[0], part.shape[1] // BLOCK), part.dtype, part)
+        for part, own, steps in zip(parts, values, scales, strict=True)
+    ]
 
 
 _GROUPS = 8

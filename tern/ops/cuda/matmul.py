@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tern.ops.cuda.products import multiply
@@ -12,6 +13,12 @@ from tern.ops.swiglu import SwiGLUWeights
 def linear(x: Rows, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
     """As `tern.ops.reference_gpu.linear`: `x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
     return multiply(x, weight, bias)
+
+
+def logits(x: Rows, head: GpuWeight, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, and stored as float32: [T, out]."""
+    out = torch.empty(x.shape[0], head.shape[0], dtype=torch.float32, device=x.device)
+    return multiply(x, head, bias, out=out)
 
 
 def swiglu(x: Rows, layer: SwiGLUWeights) -> Tensor:

@@ -71,6 +71,7 @@ def multiply(
     routing: Routing | None = None,
     tiling: tuple[Sums, Tile] | None = None,
     beside: Beside | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`x` [T, in] times `weight` [out, in] -> [T, out]; silu(gate) * up of its halves [T, out / 2] if `gated`.
 
@@ -80,7 +81,8 @@ def multiply(
     as the reference does; others round once.
 
     `tiling` takes the place of what `choose` finds. The product `beside` is added up as the experts' are, in one chunk,
-    so that its sums do not depend on the number of its rows.
+    so that its sums do not depend on the number of its rows. The results go to `out`, if given, and are what the type
+    of `x` holds in whatever type it has.
 
     Raises `ValueError` if rows and weight differ in depth, or plain ones in type.
     """
@@ -91,7 +93,8 @@ def multiply(
         raise ValueError(f"rows of {x.dtype} cannot meet a weight of {weight.dtype}: they must be of one type")
     columns = weight_rows // 2 if gated else weight_rows
     rows = x.shape[0] if routing is None else routing.order.shape[0]
-    out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     kind = kind_of(weight)

@@ -11,25 +11,26 @@ from torch import Tensor
 
 from tern.ops.cuda.arrival import MOST, counters, is_last
 from tern.ops.cuda.launch import tl, triton
+from tern.ops.reference_sampling import NO_TOKEN
 from tern.ops.transfer import send
 
 _CHUNK = 2048  # tokens a program; 16 a thread, which is four loads of 16 bytes
 
 
-def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def largest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `tern.ops.reference_sampling.largest`."""
     logits = with_plain_rows(logits)
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, _CHUNK)
     best = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
     peaks = torch.empty(rows, dtype=logits.dtype, device=logits.device)
-    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    ids, told = torch.empty(2, rows, dtype=torch.int64, device=logits.device)
     sizes = {"CHUNK": _CHUNK, "CHUNKS": triton.next_power_of_2(chunks)}
     for some in runs_of_rows(rows):
         grid = (chunks, some.stop - some.start)
-        parts = (logits[some], logits.stride(0), best[some], peaks[some], ids[some])
-        _largest[grid](*parts, counters(logits.device), vocab, chunks, **sizes)
-    return peaks, ids
+        parts = (logits[some], logits.stride(0), best[some], peaks[some], ids[some], told[some])
+        _largest[grid](*parts, counters(logits.device), vocab, chunks, **sizes, NONE=NO_TOKEN)
+    return peaks, ids, told
 
 
 def keep_allowed(logits: Tensor, rows: Sequence[int], masks: npt.NDArray[np.uint32]) -> None:
@@ -55,8 +56,23 @@ def runs_of_rows(rows: int) -> list[slice]:
 # One program reads 8 KB of a row, so that a single row keeps 51 of them busy: the limit is memory. A number and its
 # place in one int64: the largest is the first of the largest numbers, and NaN above all.
 @triton.jit
-def _largest(logits, stride, best, peaks, tokens, counter, vocab, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows [vocab] of `logits` -> `peaks` [rows], `tokens` [rows]. `best` [rows, chunks] between them."""
+def _largest(
+    logits,
+    stride,
+    best,
+    peaks,
+    tokens,
+    told,
+    counter,
+    vocab,
+    chunks,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    NONE: tl.constexpr,
+):
+    """Rows [vocab] of `logits` -> `peaks`, `tokens`, and `told`: the tokens, or NONE where a peak is not finite. [rows]
+    each; `best` [rows, chunks] between them.
+    """
     chunk = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -70,7 +86,9 @@ def _largest(logits, stride, best, peaks, tokens, counter, vocab, chunks, CHUNK:
         others = tl.load(best + row * chunks + places, mask=places < chunks, other=-(2**63), cache_modifier=".cg")
         token = 0x7FFFFFFF - (tl.max(others) & 0xFFFFFFFF)
         tl.store(tokens + row, token)
-        tl.store(peaks + row, tl.load(logits + row * stride + token))
+        peak = tl.load(logits + row * stride + token)
+        tl.store(peaks + row, peak)
+        tl.store(told + row, tl.where(tl.abs(peak) < float("inf"), token, NONE))
 
 
 # Only what is forbidden is written; each word of the mask serves the 32 lanes of a warp from one cache line.

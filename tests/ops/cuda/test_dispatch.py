@@ -20,11 +20,12 @@ def test_layers(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
     x, bias = noise(3, 40), noise(48, seed=8)
     expected = (
         reference_gpu.linear(x, gate_up[1], bias),
+        reference_gpu.linear(x, gate_up[1], bias),
         reference_gpu.swiglu(x, shared),
         reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared),
     )
     called = []
-    for name in ("linear", "swiglu", "mix_experts"):
+    for name in ("linear", "logits", "swiglu", "mix_experts"):
         monkeypatch.setattr(f"tern.ops.cuda.{name}", _noted(name, called))
     here = tuple(tensor.to(device) for tensor in (x, weights, experts, gate_up, down, bias))
 
@@ -33,13 +34,14 @@ def test_layers(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
         there = moved(shared, device)
         return (
             ops.linear(x, gate_up[1], bias),
+            ops.logits(x, gate_up[1], bias),
             ops.swiglu(x, there),
             rows_of(ops.mix_experts(x, weights, experts, gate_up, down, there)),
         )
 
     with interpreted():
         found = compute()
-    assert called == ["linear", "swiglu", "mix_experts"]
+    assert called == ["linear", "logits", "swiglu", "mix_experts"]
     for actual, wanted in zip(found, expected, strict=True):
         assert_close(actual.cpu(), wanted, tolerance=2e-2 if kind.startswith("fp8") else 1e-5)
 

@@ -104,7 +104,7 @@ def test_sorting_by_expert(tokens: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", *KINDS])
-@pytest.mark.parametrize(("hidden", "width", "wide"), [(40, 24, 1), (128, 128, 70), (130, 33, 300)])
+@pytest.mark.parametrize(("hidden", "width", "wide"), [(40, 24, 1), (128, 128, 70), (130, 33, 300), (40, 256, 384)])
 def test_a_shared_expert_of_any_width(kind: str, hidden: int, width: int, wide: int, device: torch.device) -> None:
     gate_up, down, _ = stacks(kind, hidden, width)
     shared = SwiGLUWeights(weight_of(kind, 2 * wide, hidden, seed=3, parts=2), weight_of(kind, hidden, wide, seed=4))

@@ -52,7 +52,7 @@ def draws_of(
 
 def agreeing(tokens: torch.Tensor, logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Which `tokens` [rows] the reference draws too, by the same number or one next to it: sums differ in last bits."""
-    peaks, _ = reference_sampling.largest(logits)
+    peaks, _, _ = reference_sampling.largest(logits)
     agree = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     for slack in (-1e-6, 0.0, 1e-6):
         moved = replace(draws, uniforms=(draws.uniforms + slack).clamp(0, 1 - 2**-53))
@@ -62,7 +62,7 @@ def agreeing(tokens: torch.Tensor, logits: torch.Tensor, draws: Draws) -> torch.
 
 def both(logits: torch.Tensor, draws: Draws, device: torch.device) -> tuple[list[int], list[int]]:
     """The tokens of the kernels and of the reference, which computes on the CPU."""
-    peaks, _ = reference_sampling.largest(logits)
+    peaks, _, _ = reference_sampling.largest(logits)
     found = draw(padded(logits, device), peaks.to(device), draws)
     return found.tolist(), reference_sampling.draw(logits.clone(), peaks, draws).tolist()
 
@@ -75,10 +75,11 @@ def test_the_largest_and_its_first_place(width: int, device: torch.device) -> No
     logits[3] = 0.0
     logits[3, : width // 2] = -0.0
     logits[4, -1] = math.inf
-    expected, expected_ids = reference_sampling.largest(logits)
-    peaks, ids = largest(padded(logits, device))
+    expected, expected_ids, expected_told = reference_sampling.largest(logits)
+    peaks, ids, told = largest(padded(logits, device))
     assert torch.equal(peaks.cpu().nan_to_num(nan=7e7), expected.nan_to_num(nan=7e7))
     assert torch.equal(ids.cpu(), expected_ids)
+    assert torch.equal(told.cpu(), expected_told)
 
 
 @pytest.mark.parametrize("width", [1, 33, 1000, 5003])
@@ -194,7 +195,7 @@ def test_a_row_without_a_peak_gets_a_token_and_disturbs_no_other(top_k: int, dev
     logits[2, 5] = math.nan
     logits[3, 5] = math.inf
     draws = draws_of([0.3, 0.3, 0.3, 0.3, 0.6], 3000, top_k=top_k)
-    peaks, _ = reference_sampling.largest(logits)
+    peaks, _, _ = reference_sampling.largest(logits)
     ids = draw(logits.to(device), peaks.to(device), draws).tolist()
     assert all(0 <= token < 3000 for token in ids)
     sound = torch.tensor([0, 4])
@@ -205,7 +206,7 @@ def test_a_row_without_a_peak_gets_a_token_and_disturbs_no_other(top_k: int, dev
 def test_a_row_draws_the_same_alone_and_among_others(device: torch.device) -> None:
     logits = (noise(8, 3000, seed=3) * 3).bfloat16().float().to(device)
     draws = some_draws(random.Random(8), 8, 3000)
-    peaks, _ = largest(logits)
+    peaks, _, _ = largest(logits)
     together = draw(logits, peaks, draws).tolist()
     for row in range(8):
         alone = draw(logits[row : row + 1], peaks[row : row + 1], draws.rows(torch.tensor([row])))
@@ -215,10 +216,11 @@ def test_a_row_draws_the_same_alone_and_among_others(device: torch.device) -> No
 def test_more_rows_than_there_are_counters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = (noise(7, 2500, seed=6) * 3).to(device)
     draws = some_draws(random.Random(6), 7, 2500)
-    peaks, ids = largest(logits)
+    found = largest(logits)
+    peaks = found[0]
     together = draw(logits, peaks, draws)
     monkeypatch.setattr(sampling, "MOST", 3)
-    assert torch.equal(torch.stack(largest(logits)), torch.stack((peaks, ids)))
+    assert torch.equal(torch.stack(largest(logits)), torch.stack(found))
     assert torch.equal(draw(logits, peaks, draws), together)
     assert not counters(logits.device).any(), "the next launch finds zeros"
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tern.ops import SwiGLUWeights, reference_gpu, reference_packed
-from tern.ops.cuda import linear, swiglu
+from tern.ops.cuda import linear, logits, swiglu
 from tern.ops.cuda.arrival import counters
-from tern.ops.cuda.fp8 import round_rows_to_fp8
+from tern.ops.cuda.fp8 import round_parts_to_fp8, round_rows_to_fp8
 from tern.ops.cuda.products import _product
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, round_to_fp8
 from tern.ops.gpu_weights import round_rows_to_fp8 as reference_rounding
@@ -141,6 +141,35 @@ def test_rounding_of_rows_to_fp8(shape: tuple[int, int], dtype: torch.dtype, dev
     assert torch.equal(found.values.cpu().float(), expected.values.float())
     assert torch.equal(found.scales.cpu(), expected.scales)
     assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shapes", [[(0, 128), (0, 256)], [(6, 384), (1, 256)], [(3, 128), (0, 256), (2, 1280)]])
+def test_parts_are_rounded_to_fp8_as_each_alone(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> None:
+    given = [(noise(*shape) * torch.exp(3 * noise(*shape, seed=1))).to(dtype) for shape in shapes]
+    room = torch.cat([part.flatten() for part in given]).to(device)
+    sizes = [part.numel() for part in given]
+    parts = [part.view(shape) for part, shape in zip(room.split(sizes), shapes, strict=True)]
+    for part, found in zip(given, round_parts_to_fp8(room, parts), strict=True):
+        expected = reference_rounding(part)
+        assert torch.equal(found.values.cpu().float(), expected.values.float())
+        assert torch.equal(found.scales.cpu(), expected.scales)
+        assert found.plain is not None
+        assert torch.equal(found.plain.cpu(), part)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("kind", ALL_KINDS)
+@pytest.mark.parametrize("rows", [0, 1, 17])
+def test_logits_are_a_product_stored_as_float32(rows: int, kind: str, dtype: torch.dtype, device: torch.device) -> None:
+    weight, x = weight_of(kind, 66, 300).to(device), noise(rows, 300).to(device, dtype)
+    if isinstance(weight, torch.Tensor):
+        weight = weight.to(dtype)
+    found = logits(x, weight, noise(66, seed=3).to(device, dtype))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, linear(x, weight, noise(66, seed=3).to(device, dtype)).float())
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])
