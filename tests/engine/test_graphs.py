@@ -15,12 +15,13 @@ from test_engine_model import ANSWER, PROMPTS, SMALL, build, network, plain_answ
 
 from tern.engine import Engine
 from tern.engine import engine as engine_module
-from tern.engine.graphs import Compute, GraphLimits, StepGraphs, capture_for, drafted_sizes, graph_sizes
+from tern.engine.graphs import Capture, Compute, GraphLimits, StepGraphs, capture_for, drafted_sizes, graph_sizes
 from tern.engine.packing import PackedStep, pack
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk
 from tern.engine.sequence import Sequence as EngineSequence
 from tern.model import ErnieModel, KVCache
+from tern.model.batch import Batch
 
 BLOCK = 4
 ROWS = 11  # no power of two, and no multiple of 8
@@ -54,7 +55,7 @@ def cache(model: ErnieModel) -> KVCache:
     return kv
 
 
-def captured(model: ErnieModel, kv: KVCache, sequences: int = ROWS, *, by: StandInGraphs | None = None) -> StepGraphs:
+def captured(model: ErnieModel, kv: KVCache, sequences: int = ROWS, *, by: Capture | None = None) -> StepGraphs:
     limits = GraphLimits(sequences, DRAFTS, LENGTH, BLOCK, spare_block=BLOCKS)
     return StepGraphs(partial(model.hidden, kv=kv), model.device, limits, capture=by or StandInGraphs())
 
@@ -113,15 +114,33 @@ def test_padding_is_the_row_of_the_shortest_context_and_so_wants_no_other_expert
     assert torch.equal(output[5:], output[shortest].expand(3, -1))
 
 
-def test_tokens_may_come_from_the_device() -> None:
+@pytest.mark.parametrize("rows", [1, 5, 8])
+def test_tokens_may_come_from_the_device(rows: int) -> None:
     model = network("dense")
     graphs = captured(model, cache(model))
-    step = decode(5)
+    step = decode(rows)
     wanted = graphs.run(step).clone()
     tokens = torch.from_numpy(step.token_ids.copy())
     step.token_ids[:] = 0
     assert torch.equal(graphs.run(step, tokens), wanted)
     assert not torch.equal(graphs.run(step), wanted)
+
+
+def test_kernels_find_what_arrives_at_multiples_of_16_bytes() -> None:
+    """They are compiled once more for what does not begin there."""
+    batches: list[Batch] = []
+
+    def noted(compute: Compute) -> Compute:
+        batches.append(compute.args[0])  # type: ignore[attr-defined]
+        return compute
+
+    model = network("dense")
+    captured(model, cache(model), by=noted)
+    assert len(batches[0].token_ids) > len(batches[-1].token_ids) == 1
+    for batch in batches:
+        for tensor in (batch.token_ids, batch.positions, batch.slots, batch.query_starts, batch.context_lens):
+            assert (tensor.data_ptr() - batches[0].token_ids.data_ptr()) % 16 == 0
+        assert batch.block_tables.shape[1] == -(-LENGTH // BLOCK)
 
 
 def test_only_decodes_of_few_enough_rows_are_taken() -> None:

@@ -24,7 +24,8 @@ def largest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     chunks = triton.cdiv(vocab, _CHUNK)
     best = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
     peaks = torch.empty(rows, dtype=logits.dtype, device=logits.device)
-    ids, told = torch.empty(2, rows, dtype=torch.int64, device=logits.device)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    told = torch.empty_like(ids)
     sizes = {"CHUNK": _CHUNK, "CHUNKS": triton.next_power_of_2(chunks)}
     for some in runs_of_rows(rows):
         grid = (chunks, some.stop - some.start)
