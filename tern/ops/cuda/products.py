@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tern.ops.cuda.fp8 import round_rows_to_fp8
+from tern.ops.cuda.integers import integers, nibbles
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
 from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight
@@ -86,7 +87,7 @@ def multiply(
     tiles_n, tiles_t = -(-columns // tile.block_n), _tiles_of_rows(rows, routing, tile)
     apart = sums.splits > 1 and tiles_n * tiles_t < PROCESSORS
     even = depth % sums.block_k == 0
-    stored = _stored(weight, words=even)
+    stored = _stored(weight)
     scales, *strides = _scales(weight)
     finish = {"KIND": kind, "GATED": gated, "HAS_BIAS": bias is not None, "INTERPRETED": INTERPRETED}
     target = out
@@ -131,13 +132,12 @@ def _tiles_of_rows(rows: int, routing: Routing | None, tile: Tile) -> int:
     return (rows + chosen * (tile.block_t - 1)) // tile.block_t
 
 
-def _stored(weight: GpuWeight, *, words: bool) -> tuple[Tensor, Tensor]:
-    """Values, and factors, four to an int32 if `words`; in their place something else where there are none."""
+def _stored(weight: GpuWeight) -> tuple[Tensor, Tensor]:
+    """Values, and factors four to a word; in their place something else where there are none."""
     values = (weight if isinstance(weight, Tensor) else weight.values).contiguous()
     if not isinstance(weight, RowPackedWeight) or weight.factors is None:
         return values, values
-    factors = weight.factors.contiguous()
-    return values, factors.view(torch.int32) if words else factors
+    return values, weight.factors.contiguous().view(torch.int32)
 
 
 def _scales(weight: GpuWeight) -> tuple[Tensor, int, int, int]:
@@ -348,22 +348,16 @@ def _weights(
 ):
     """A tile [BLOCK_N, BLOCK_K] of a weight from depth `k` on: as it is, or the integers as floats. Zero past its end.
 
-    Of 4 bits, a byte holds two neighbours in depth: they stay in their thread when they become two.
+    Whole numbers lie in blocks of 128 depths, of which there are as many as tiles begin: they need no mask.
     """
-    wide: tl.constexpr = tl.float32 if INTERPRETED else DTYPE
     if KIND == "int4":
-        packed = _tile(values, row, pitch, k // 2, BLOCK_K // 2, EVEN_K)
-        if EVEN_K:  # four bytes at once, which can be on their way while others are computed
-            words = _tile(factors, row, pitch // 64, k // 128, BLOCK_K // 128, EVEN_K)
-            shifts = (24 - 8 * tl.arange(0, 4))[None, None, :]
-            factor = tl.reshape((words[:, :, None] << shifts) >> 24, (BLOCK_N, BLOCK_K // 32))
-        else:
-            factor = _tile(factors, row, pitch // 16, k // 32, BLOCK_K // 32, EVEN_K)
-        integers = tl.interleave((packed & 15).to(tl.int8) - 8, (packed >> 4).to(tl.int8) - 8)
-        grouped = tl.reshape(integers.to(wide), (BLOCK_N, BLOCK_K // 32, 32)) * factor.to(wide)[:, :, None]
-        tile = tl.reshape(grouped, (BLOCK_N, BLOCK_K)).to(DTYPE)
+        tl.static_assert(BLOCK_K == 128)
+        words = _tile(values, row, pitch, k // 128 * 16, 16, True)
+        factor = tl.load(factors + row * (pitch // 16) + k // 128)
+        tile = nibbles(words, factor, DTYPE, BLOCK_N, INTERPRETED)
     elif KIND == "int8":
-        tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K).to(wide).to(DTYPE)
+        tl.static_assert(BLOCK_K == 128)
+        tile = integers(_tile(values, row, pitch, k // 128 * 32, 32, True), DTYPE, BLOCK_N, INTERPRETED)
     else:
         tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K)
     return tile
