@@ -75,10 +75,10 @@ _BYTES_REGISTERS = tl.constexpr("=&h,=&h,=&h,=&h,r")
 
 
 @triton.jit
-def nibbles(words, factors, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+def nibbles(words, factors, dtype: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
     """factor * q [BLOCK_N, 128] of `words` [BLOCK_N, 16], whose four factors each are a word of `factors` [BLOCK_N]."""
     factors = factors[:, None]
-    if DTYPE == tl.bfloat16 and not INTERPRETED:
+    if dtype == tl.bfloat16 and not INTERPRETED:
         f0, f1, f2, f3, n0, n1, n2, n3 = tl.inline_asm_elementwise(
             _FACTORS, _FACTORS_REGISTERS, [factors], (tl.int32,) * 8, is_pure=True, pack=1
         )
@@ -88,19 +88,19 @@ def nibbles(words, factors, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRE
         a, b, c, d = tl.join(a0, a1), tl.join(b0, b1), tl.join(c0, c1), tl.join(d0, d1)
         pairs = tl.join(tl.join(a, b), tl.join(c, d)).to(tl.bfloat16, bitcast=True)
     else:
-        a = _two_nibbles(words, factors, 0, DTYPE, INTERPRETED)
-        b = _two_nibbles(words, factors, 1, DTYPE, INTERPRETED)
-        c = _two_nibbles(words, factors, 2, DTYPE, INTERPRETED)
-        d = _two_nibbles(words, factors, 3, DTYPE, INTERPRETED)
+        a = _two_nibbles(words, factors, 0, dtype)
+        b = _two_nibbles(words, factors, 1, dtype)
+        c = _two_nibbles(words, factors, 2, dtype)
+        d = _two_nibbles(words, factors, 3, dtype)
         pairs = tl.join(tl.join(a, b), tl.join(c, d))
     ordered = tl.permute(tl.reshape(pairs, (BLOCK_N, 4, 2, 2, 2, 2, 2)), (0, 6, 5, 3, 2, 1, 4))
     return tl.reshape(ordered, (BLOCK_N, 128))
 
 
 @triton.jit
-def integers(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
+def integers(words, dtype: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.constexpr):
     """v [BLOCK_N, 128] of `words` [BLOCK_N, 32]."""
-    if DTYPE == tl.bfloat16 and not INTERPRETED:
+    if dtype == tl.bfloat16 and not INTERPRETED:
         a0, a1, b0, b1 = tl.inline_asm_elementwise(
             _BYTES, _BYTES_REGISTERS, [words], (tl.int16,) * 4, is_pure=True, pack=1
         )
@@ -108,14 +108,14 @@ def integers(words, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRETED: tl.
     else:
         a = tl.join((words << 24) >> 24, (words << 8) >> 24)
         b = tl.join((words << 16) >> 24, words >> 24)
-        pairs = tl.join(a, b).to(tl.float32).to(DTYPE)
+        pairs = tl.join(a, b).to(tl.float32).to(dtype)
     ordered = tl.permute(tl.reshape(pairs, (BLOCK_N, 4, 2, 4, 2, 2)), (0, 5, 3, 2, 1, 4))
     return tl.reshape(ordered, (BLOCK_N, 128))
 
 
 @triton.jit
-def _two_nibbles(words, factors, PLACE: tl.constexpr, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+def _two_nibbles(words, factors, PLACE: tl.constexpr, dtype: tl.constexpr):
     """factor * q of the nibbles PLACE and PLACE + 4 of every word, the last axis of the result."""
     factor = (factors << (24 - 8 * PLACE)) >> 24
     low, high = (words >> (4 * PLACE)) & 15, (words >> (16 + 4 * PLACE)) & 15
-    return (tl.join(low - 8, high - 8) * factor[:, :, None]).to(tl.float32).to(DTYPE)
+    return (tl.join(low - 8, high - 8) * factor[:, :, None]).to(tl.float32).to(dtype)

@@ -294,6 +294,7 @@ def _chunk(
     INTERPRETED: tl.constexpr,
 ):
     """The sums [BLOCK_N, BLOCK_T] over `begin` <= k < `end` for the weight's `row`s, and for `up_row`s if `GATED`."""
+    tl.assume(begin < end)  # sums that a loop without rounds would leave at zero make each product wait for the last
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = gate
     x_at = x + x_row.to(tl.int64)[None, :] * depth
