@@ -19,7 +19,7 @@ from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.integers import integers, nibbles
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
 from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
-from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight
+from tern.ops.gpu_weights import BLOCK, Fp8Weight, GpuWeight, RowPackedWeight
 
 _GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
 _FINISH_COLUMNS = 256
@@ -102,6 +102,7 @@ def multiply(
         CHUNKS=1 if apart else sums.splits,
         APART=apart,
         EVEN_K=even,
+        UP_APART=gated and columns % BLOCK > 0,
         DTYPE=_TYPES[x.dtype],
         **{"BLOCK_K": sums.block_k, **finish},
     )
@@ -188,6 +189,7 @@ def _product(
     GROUP_T: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
+    UP_APART: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -210,8 +212,12 @@ def _product(
     kept = tl.minimum(column, columns - 1)
     parts: tl.constexpr = 2 if GATED else 1
     row = kept.to(tl.int64) + expert * columns * parts
-    scale_at = expert * scales_expert + (kept // 128) * scales_row
-    up_scale_at = expert * scales_expert + ((kept + columns) // 128) * scales_row
+    # A tile's rows share a scale for each 128 depths; those of `up` do where gate ends with a block of 128.
+    scale_at = expert * scales_expert + tile_n * BLOCK_N // 128 * scales_row
+    if UP_APART:
+        up_scale_at = expert * scales_expert + ((kept + columns) // 128)[:, None] * scales_row
+    else:
+        up_scale_at = scale_at + columns // 128 * scales_row
     if not APART:
         scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
     begin = tl.program_id(1) * chunk
@@ -315,7 +321,7 @@ def _chunk(
             next_x_scale = tl.load(x_scale_at + ahead)
             next_scale = tl.load(scales + scale_at + ahead * scales_depth)
             sums = dot(weights, tokens, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), INTERPRETED)
-            gate += sums * (scale[:, None] * x_scale[None, :])
+            gate += sums * (scale * x_scale)[None, :]
             scale = next_scale
         else:
             gate = dot(weights, tokens, gate, INTERPRETED)
@@ -324,7 +330,7 @@ def _chunk(
             if KIND == "fp8":
                 next_up_scale = tl.load(scales + up_scale_at + ahead * scales_depth)
                 sums = dot(weights, tokens, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), INTERPRETED)
-                up += sums * (up_scale[:, None] * x_scale[None, :])
+                up += sums * (up_scale * x_scale[None, :])
                 up_scale = next_up_scale
             else:
                 up = dot(weights, tokens, up, INTERPRETED)
