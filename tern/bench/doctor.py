@@ -16,16 +16,19 @@ from huggingface_hub import constants
 
 from tern import __version__
 from tern.bench import hardware
-from tern.checkpoint import QUANTIZATIONS, ModelSource, weight_bytes
-from tern.engine.cache_size import free_memory, token_bytes
+from tern.checkpoint import ModelSource, weight_bytes
+from tern.engine.cache_size import free_memory
 from tern.engine.device import LEAST_CAPABILITY
-from tern.engine.fits import FLOATS, RUNNING_BYTES, longest_context, runs_on
-from tern.engine.residence import WeightSizes, choose_residence
+from tern.engine.fits import FLOATS, CacheNeed, Room, WeightSizes, precisions, runs_on
+from tern.engine.options import EngineOptions
+from tern.engine.residence import choose_residence
 from tern.errors import OptionError
 from tern.ops import cpu, installed_attention
 
 PORTS = (8000, 8180)
 """Where `tern serve` and `make serve` listen unless told otherwise."""
+PROCESSOR = torch.device("cpu")
+UNASKED = EngineOptions()
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface_hub", "fastapi", "triton")
 
 
@@ -115,14 +118,13 @@ def diagnose(source: ModelSource | None) -> Diagnosis:
     machine = describe_machine()
     if source is None:
         return Diagnosis(machine, None, None, None, [], None)
-    stored = None if source.stored_bits is None else f"wint{source.stored_bits}"
-    precisions = [stored] if stored else [None, "fp8", *reversed(QUANTIZATIONS)]
-    gpus, processor = [torch.device("cuda", number) for number in range(len(machine.gpus))], torch.device("cpu")
-    fits = [_fit(source, wanted, device) for device in gpus for wanted in precisions if runs_on(wanted, device)]
+    forms = precisions(source)
+    gpus = [torch.device("cuda", number) for number in range(len(machine.gpus))]
+    fits = [_fit(source, wanted, device) for device in gpus for wanted in forms if runs_on(wanted, device)]
     fits += [fit for device in gpus for fit in _split_fits(source, device)]
-    fits += [_fit(source, wanted, processor) for wanted in precisions if runs_on(wanted, processor)]
+    fits += [_fit(source, wanted, PROCESSOR) for wanted in forms if runs_on(wanted, PROCESSOR)]
     positions = source.config.max_position_embeddings
-    default = stored or source.default_quantization or FLOATS
+    default = _stored(source) or FLOATS
     advice = _advice(_argument(source), positions, fits, default)
     residence = _residence(source, gpus[0]) if gpus else None
     return Diagnosis(machine, source.name, positions, _download_gb(source), fits, advice, default, residence)
@@ -220,31 +222,35 @@ def _fit(source: ModelSource, quantization: str | None, device: torch.device) ->
 
 def _split_fits(source: ModelSource, device: torch.device) -> list[Fit]:
     """The network on this GPU with its routed experts on the CPU, in each packing of those."""
-    sizes = WeightSizes.of(source, torch.bfloat16, None)
-    stored = source.default_quantization if source.stored_bits is None else f"wint{source.stored_bits}"
+    sizes, host = WeightSizes.of(source, torch.bfloat16, None), Room.of(PROCESSOR, UNASKED, source.config)
     fits = []
     for packing, (weights, experts) in sizes.split.items():
         longest, per_token = _longest_context(source, device, weights)
-        if experts + RUNNING_BYTES > free_memory(torch.device("cpu")):
+        if experts > host.for_weights:
             longest = 0
         name = str(device).replace("cuda:0", "split").replace("cuda", "split")
-        precision = packing if stored == packing else f"{FLOATS}+{packing}"
+        precision = packing if _stored(source) == packing else f"{FLOATS}+{packing}"
         fits.append(Fit(name, precision, weights / 1e9, per_token / 1e6, longest, longest > 0, experts / 1e9))
     return fits
 
 
-def _longest_context(source: ModelSource, device: torch.device, weights: int) -> tuple[int, int]:
+def _stored(source: ModelSource) -> str | None:
+    """The form of few bits in which a model is loaded unasked."""
+    return source.default_quantization if source.stored_bits is None else f"wint{source.stored_bits}"
+
+
+def _longest_context(source: ModelSource, device: torch.device, weights: int) -> tuple[int, float]:
     """What fits beside so many bytes of weights, in tokens, and the bytes of one."""
-    per_token = token_bytes(source.config, torch.bfloat16)
-    longest = longest_context(source.config, weights, free_memory(device))
-    return longest, per_token
+    need, room = CacheNeed.of(source, UNASKED, torch.bfloat16), Room.of(device, UNASKED, source.config)
+    return room.longest_context(source.config, need, weights), need.token_size
 
 
 def _residence(source: ModelSource, gpu: torch.device) -> str:
     """Where the model goes unasked, and why; or why it cannot."""
-    sizes = WeightSizes.of(source, torch.bfloat16, None)
+    sizes, need = WeightSizes.of(source, torch.bfloat16, None), CacheNeed.of(source, UNASKED, torch.bfloat16)
+    rooms = (Room.of(device, UNASKED, source.config) for device in (gpu, PROCESSOR))
     try:
-        return choose_residence(sizes, free_memory(gpu), free_memory(torch.device("cpu"))).reason
+        return choose_residence(sizes, need, *rooms).reason
     except OptionError as error:
         return str(error)
 

@@ -75,13 +75,15 @@ def rounded_bytes(name: str, shape: tuple[int, ...], quantization: str) -> int:
 def _noted(matrices: Iterable[Tensor], finite: list[Tensor]) -> Iterator[Tensor]:
     """The matrices, each noted in `finite` as a bool on its device."""
     for matrix in matrices:
-        finite.append(matrix.isfinite().all())
+        finite.append(torch.stack(matrix.aminmax()).isfinite().all())  # NaN is both; no copy is made of the matrix
         yield matrix
 
 
 def _round_to_integers(matrix: Tensor, bits: int) -> ops.RowPackedWeight:
-    wide = matrix.float() if matrix.dtype == torch.float16 else matrix  # as `pack_parameter` has it
-    runs = [ops.RowPackedWeight.of(ops.pack(rows, bits)) for rows in torch.split(wide, ROUNDED_ROWS)]
+    runs = []
+    for rows in torch.split(matrix, ROUNDED_ROWS):
+        wide = rows.float() if rows.dtype == torch.float16 else rows  # as `pack_parameter` has it
+        runs.append(ops.RowPackedWeight.of(ops.pack(wide, bits)))
     return _with_tensors(runs[0], lambda name, _: torch.cat([getattr(run, name) for run in runs]))
 
 

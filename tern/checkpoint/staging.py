@@ -3,9 +3,10 @@
     files --(reader's thread)--> one of DEPTH buffers of CHUNK_BYTES --(copy engine)--> a run of rows on the device
 
 Plain floats go in runs of rows, in the type and orientation of the file: to convert and to turn them over is the
-device's work. Other forms become floats in the reader's thread, a tensor at a time. At any time at most DEPTH runs or
-tensors are on their way, so that memory beside the network is small and the files are read while what came before is
-copied and rounded. The buffers are pinned where there is CUDA: only from such does a copy go on beside the program.
+device's work. Other forms become floats in the reader's thread, a tensor at a time, in a buffer if that holds it. At
+any time at most DEPTH runs or tensors are on their way, so that memory beside the network is small and the files are
+read while what came before is copied and rounded. The buffers are pinned where there is CUDA: only from such does a
+copy go on beside the program.
 """
 
 from __future__ import annotations
@@ -143,10 +144,10 @@ class Staging:
             self._ready.put(error)
 
     def _host_run(self, load: Load, rows: slice, buffer: _Buffer) -> Tensor:
-        """The rows in the host's memory: a plain tensor's in the buffer, else the floats made of the whole tensor."""
+        """The rows in the host's memory: a plain tensor's, else the floats made of the whole tensor."""
         entry = load.piece.entry
         if not (isinstance(entry, TensorEntry) and is_plain(entry)):
-            made = torch.empty(load.shape, dtype=load.dtype)
+            made = self._room(load, buffer)
             fill(made, entry, self._files, transposed=load.piece.transposed, expert=load.expert)
             return made
         stored = self._files.tensor(entry)
@@ -156,3 +157,10 @@ class Staging:
         run = buffer.memory[: part.nbytes].view(part.dtype).view(part.shape)
         run.copy_(part)
         return run
+
+    def _room(self, load: Load, buffer: _Buffer) -> Tensor:
+        """Where the floats of a whole tensor are made: in the buffer, as far as it is large enough."""
+        size = math.prod(load.shape) * load.dtype.itemsize
+        if size > buffer.memory.nbytes:
+            return torch.empty(load.shape, dtype=load.dtype)
+        return buffer.memory[:size].view(load.dtype).view(load.shape)

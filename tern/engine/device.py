@@ -6,6 +6,7 @@ Knows torch's view of devices; knows no model and no cache.
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -81,14 +82,26 @@ def _check_present(name: str) -> None:
             f"device is {name!r}, but this torch ({torch.__version__}) was built without CUDA: install the build of "
             "torch for CUDA and pip install 'tern-llm[gpu]', or choose cpu or auto."
         )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = "" if visible is None else f"; CUDA_VISIBLE_DEVICES is {visible!r}"
     if not torch.cuda.is_available():
+        if visible is not None and visible.strip() in ("", "-1"):
+            raise OptionError(
+                f"device is {name!r}, but CUDA_VISIBLE_DEVICES is {visible!r}, which hides every card: unset it, or "
+                "choose cpu or auto."
+            )
         raise OptionError(
             f"device is {name!r}, and this torch has CUDA {torch.version.cuda}, but no NVIDIA GPU can be used "
-            f"({_why_not()}): install or update NVIDIA's driver, or choose cpu or auto."
+            f"({_why_not()}{chosen}): install or update NVIDIA's driver, or choose cpu or auto."
         )
     count, number = torch.cuda.device_count(), _number(name)
     if number >= count:
-        raise OptionError(f"device is {name!r}, but there are {count} GPUs here: choose cuda:0 to cuda:{count - 1}.")
+        kind = name.partition(":")[0]
+        numbers = f"{kind}:0" if count == 1 else f"{kind}:0 to {kind}:{count - 1}"
+        raise OptionError(
+            f"device is {name!r}, but there {'is 1 GPU' if count == 1 else f'are {count} GPUs'} here{chosen}: "
+            f"choose {numbers}."
+        )
 
 
 def _why_not() -> str:

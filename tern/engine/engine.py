@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 import weakref
 from bisect import bisect_left
 from collections import deque
@@ -33,7 +34,7 @@ from tern.engine.cache_size import (
 from tern.engine.device import current, free_unused_memory, is_device_lost, is_out_of_memory, resolve_device
 from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
-from tern.engine.fits import check_fits, does_not_fit
+from tern.engine.fits import does_not_fit, dtype_of
 from tern.engine.graphs import capture_for
 from tern.engine.memory_profile import memory_for_cache
 from tern.engine.options import EngineOptions
@@ -143,16 +144,16 @@ class Engine:
             open_directory(options.kv_cache_dir)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         device = resolve_device(options.device, fp8=options.wants_fp8)
-        device, split = resolve_residence(options, source, dtype, device)
+        device, split = resolve_residence(options, source, device)
         check_cache_dtype(options.kv_cache_dtype, device)
         ops.check_attention_backend(options.attention_backend, device)
-        if split is None:
-            check_fits(source, options, device)
         with current(device):
             try:
                 return cls._load(source, options, device, dtype, split, progress)
             except torch.OutOfMemoryError as error:
-                raise does_not_fit(source, device) from error
+                traceback.clear_frames(error.__traceback__)  # else what was loaded stays, and little seems to be there
+                free_unused_memory(device)
+                raise does_not_fit(source, options, dtype_of(source, options), device, split) from error
 
     @classmethod
     def _load(

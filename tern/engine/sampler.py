@@ -128,9 +128,11 @@ class Sampler:
             self._keep(logits, masks)
             peaks[edited_rows], tokens[edited_rows] = ops.largest(logits[edited_rows])
         if drawn:
-            every = len(drawn) == len(sequences)
-            chosen = (logits, peaks) if every else (logits[drawn_rows], peaks[drawn_rows])
-            tokens[drawn_rows] = ops.draw(*chosen, ops.Draws(*sent[: len(columns)]))
+            draws = ops.Draws(*sent[: len(columns)])
+            if len(drawn) == len(sequences):
+                tokens = ops.draw(logits, peaks, draws)
+            else:
+                tokens[drawn_rows] = ops.draw(logits[drawn_rows], peaks[drawn_rows], draws)
         outcomes = torch.where(peaks.abs() < math.inf, tokens, _MASKED) if edited else tokens
         return Choice(
             tokens=tokens,

@@ -78,7 +78,8 @@ class ErnieModel:
         Their keys and values are written into `kv` at the batch's slots.
         """
         step = Step.of(batch, self.frequencies, kv)
-        delta, residual = None, ops.embed(batch.token_ids, self.embedding)
+        delta: ops.Delta | None = None
+        residual = ops.embed(batch.token_ids, self.embedding)
         for layer, key_cache, value_cache in zip(self.layers, kv.keys, kv.values, strict=True):
             delta, residual = layer(delta, residual, step, key_cache, value_cache)
         return ops.add_rms_norm(delta, residual, self.norm, self.config.rms_norm_eps)[0]

@@ -1,6 +1,7 @@
 """The parts of a decoder layer: attention, SwiGLU, experts. Knows the arithmetic's names; knows no layer numbers.
 
-A part holds views of its parameters and is called with the rows of one step, `[tokens, hidden_size]`.
+A part holds views of its parameters and is called with the rows of one step, `[tokens, hidden_size]`. Its `form` is
+that in which its weights take them.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ class Linear:
     def __init__(self, parameters: Parameters) -> None:
         self.weight = parameters.weight("weight")
         self.bias = parameters.get("bias")
+        self.form = ops.row_form(self.weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: ops.Rows) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
 
@@ -95,8 +97,9 @@ class SwiGLU:
 
     def __init__(self, parameters: Parameters) -> None:
         self.weights = swiglu_weights(parameters)
+        self.form = ops.row_form(self.weights.gate_up)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: ops.Rows) -> Tensor:
         return ops.swiglu(x, self.weights)
 
 
@@ -104,17 +107,15 @@ class Experts:
     """Mixture of experts: each token's top experts, weighted by the router, and the shared experts unweighted."""
 
     def __init__(self, config: ErnieConfig, parameters: Parameters) -> None:
-        self.experts_per_token = config.moe_k
-        self.norm_min = config.moe_norm_min
-        self.router = parameters["router"]
-        self.correction_bias = parameters["correction_bias"]
+        self.router = ops.Router(parameters["router"], parameters["correction_bias"], config.moe_k, config.moe_norm_min)
         self.gate_up = parameters.weight("gate_up")
         self.down = parameters.weight("down")
         self.shared = swiglu_weights(parameters.under("shared.")) if config.moe_num_shared_experts > 0 else None
+        beside = () if self.shared is None else (self.shared.gate_up,)
+        self.form = ops.row_form(self.router.weight, self.gate_up, *beside)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        weights, experts = ops.route(x, self.router, self.correction_bias, self.experts_per_token, self.norm_min)
-        return ops.mix_experts(x, weights, experts, self.gate_up, self.down, self.shared)
+    def __call__(self, x: ops.Rows) -> ops.Delta:
+        return ops.mixture(x, self.router, self.gate_up, self.down, self.shared)
 
 
 class Attention:
@@ -123,8 +124,9 @@ class Attention:
     def __init__(self, parameters: Parameters) -> None:
         self.qkv = Linear(parameters.under("qkv."))
         self.o = Linear(parameters.under("o."))
+        self.form = self.qkv.form
 
-    def __call__(self, x: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor) -> Tensor:
+    def __call__(self, x: ops.Rows, step: Step, key_cache: Tensor, value_cache: Tensor) -> Tensor:
         tables = (step.cosines, step.signed_sines)
         queries = ops.rotate_and_store(self.qkv(x), *tables, step.slots, key_cache, value_cache)
         attended = ops.paged_attention(queries, key_cache, value_cache, step.plan)
@@ -142,13 +144,13 @@ class DecoderLayer:
         self.mlp = Experts(config, parameters.under("moe.")) if moe else SwiGLU(parameters.under("mlp."))
 
     def __call__(
-        self, delta: Tensor | None, residual: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, delta: ops.Delta | None, residual: Tensor, step: Step, key_cache: Tensor, value_cache: Tensor
+    ) -> tuple[ops.Delta, Tensor]:
         """`delta` is what the layer before has still to add to the `residual` stream, and what this one returns first.
 
         Adding it belongs to the next norm, which so reads and writes the stream once.
         """
-        x, residual = ops.add_rms_norm(delta, residual, self.attn_norm, self.eps)
+        x, residual = ops.add_rms_norm(delta, residual, self.attn_norm, self.eps, self.attention.form)
         delta = self.attention(x, step, key_cache, value_cache)
-        x, residual = ops.add_rms_norm(delta, residual, self.mlp_norm, self.eps)
+        x, residual = ops.add_rms_norm(delta, residual, self.mlp_norm, self.eps, self.mlp.form)
         return self.mlp(x), residual

@@ -50,4 +50,5 @@ class MultiTokenPredictor:
         )
         step = Step.of(batch, self.frequencies, kv)
         delta, residual = self.block(None, self.proj(joined), step, kv.keys[0], kv.values[0])
+        assert isinstance(delta, Tensor), "a dense layer leaves rows"
         return residual + delta

@@ -6,7 +6,7 @@ weights, is the reference in plain torch.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -31,19 +31,30 @@ from tern.ops.attention_libraries import (
     choose_attention,
     installed_attention,
 )
-from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, Weight, round_to_fp8
+from tern.ops.delta import Delta, ExpertOutputs
+from tern.ops.gpu_weights import (
+    Fp8Rows,
+    Fp8Weight,
+    GpuWeight,
+    RowForm,
+    RowPackedWeight,
+    Rows,
+    Weight,
+    plain_rows,
+    round_to_fp8,
+    row_form,
+)
 from tern.ops.packed import PackedWeight, empty, packed_shapes, unpack
 from tern.ops.placement import on_gpu, uses_gpu
 from tern.ops.reference import (
     cached_head_dim,
     embed,
     kv_cache_shapes,
-    rms_norm,
     rotary_frequencies,
-    rotary_table,
     write_kv,
 )
 from tern.ops.reference_sampling import Draws, likeliest
+from tern.ops.router import Router
 from tern.ops.swiglu import SwiGLUWeights
 
 __all__ = [
@@ -51,11 +62,17 @@ __all__ = [
     "AttentionPlan",
     "AttentionWork",
     "Chunks",
+    "Delta",
     "Draws",
+    "ExpertOutputs",
+    "Fp8Rows",
     "Fp8Weight",
     "GpuWeight",
     "PackedWeight",
+    "Router",
+    "RowForm",
     "RowPackedWeight",
+    "Rows",
     "SwiGLUWeights",
     "Weight",
     "add_rms_norm",
@@ -72,6 +89,7 @@ __all__ = [
     "likeliest",
     "linear",
     "mix_experts",
+    "mixture",
     "pack",
     "packed_shapes",
     "paged_attention",
@@ -83,6 +101,7 @@ __all__ = [
     "rotate_and_store",
     "round_to_fp8",
     "route",
+    "row_form",
     "swiglu",
     "unpack",
     "uses_gpu",
@@ -115,25 +134,26 @@ def pack(weight: Tensor, bits: int, parts: int = 1) -> PackedWeight:
     return reference_packed.pack(weight, bits, parts)
 
 
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """`x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
     if isinstance(weight, PackedWeight):
-        return cpu.linear_packed(x, weight, bias)
+        return cpu.linear_packed(plain_rows(x), weight, bias)
     if on_gpu(x):
         from tern.ops import cuda
 
         return cuda.linear(x, weight, bias)
-    return reference_gpu.linear(x, weight, bias)
+    return reference_gpu.linear(plain_rows(x), weight, bias)
 
 
-def swiglu(x: Tensor, layer: SwiGLUWeights) -> Tensor:
+def swiglu(x: Rows, layer: SwiGLUWeights) -> Tensor:
     """down(silu(gate(x)) * up(x)): `x` [T, in] -> [T, out]. Both weights are packed or neither."""
     if isinstance(layer.gate_up, PackedWeight):
-        return cpu.swiglu_packed(x, layer)
+        return cpu.swiglu_packed(plain_rows(x), layer)
     if on_gpu(x):
         from tern.ops import cuda
 
         return cuda.swiglu(x, layer)
+    x = plain_rows(x)
     if isinstance(layer.gate_up, Tensor) and isinstance(layer.down, Tensor):
         return reference.swiglu(x, layer, _gated(x))
     return reference_gpu.swiglu(x, layer)
@@ -144,21 +164,42 @@ def _gated(x: Tensor) -> reference.Gated:
     return cpu.silu_mul if cpu.can_norm(x) else reference.silu_mul
 
 
-def add_rms_norm(delta: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Add `delta` [T, H] (None: nothing) to the residual stream [T, H] and norm the sum -> (normed, new residual)."""
+@overload
+def add_rms_norm(
+    delta: Delta | None, residual: Tensor, weight: Tensor, eps: float, form: Literal["plain"] = "plain"
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def add_rms_norm(
+    delta: Delta | None, residual: Tensor, weight: Tensor, eps: float, form: RowForm
+) -> tuple[Rows, Tensor]: ...
+def add_rms_norm(
+    delta: Delta | None, residual: Tensor, weight: Tensor, eps: float, form: RowForm = "plain"
+) -> tuple[Rows, Tensor]:
+    """Add `delta` [T, H] (None: nothing) to the residual stream [T, H] and norm the sum -> (normed, new residual).
+
+    The normed rows come in `form` on a GPU, and as a tensor elsewhere: there each product rounds its own.
+    """
     if on_gpu(residual):
         from tern.ops import cuda
 
-        return cuda.add_rms_norm(delta, residual, weight, eps)
+        return cuda.add_rms_norm(delta, residual, weight, eps, form)
+    if isinstance(delta, ExpertOutputs):
+        delta = delta.sum()
     if cpu.can_norm(residual):
         return cpu.add_rms_norm(delta, residual, weight, eps)
     return reference.add_rms_norm(delta, residual, weight, eps)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The rows `x` [T, H] normed, as `tern.ops.reference.rms_norm`."""
+    return add_rms_norm(None, x, weight, eps)[0]
+
+
 def route(
-    x: Tensor, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
+    x: Rows, router: Tensor, correction_bias: Tensor, experts_per_token: int, norm_min: float
 ) -> tuple[Tensor, Tensor]:
     """The experts of each token -> (weights [T, K] float32, experts [T, K] int64); see `tern.ops.reference.route`."""
+    x = plain_rows(x)
     if on_gpu(x):
         from tern.ops import cuda
 
@@ -169,22 +210,42 @@ def route(
 
 
 def mix_experts(
-    x: Tensor, weights: Tensor, experts: Tensor, gate_up: Weight, down: Weight, shared: SwiGLUWeights | None = None
-) -> Tensor:
+    x: Rows, weights: Tensor, experts: Tensor, gate_up: Weight, down: Weight, shared: SwiGLUWeights | None = None
+) -> Delta:
     """The weighted sum of each token's experts, plus the shared one -> [T, H]; see `tern.ops.reference.mix_experts`."""
     if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
         if split_experts.are_apart(x, shared):
             return split_experts.mix_experts(x, weights, experts, gate_up, down, shared, swiglu)
-        return cpu.mix_experts_packed(x, weights, experts, gate_up, down, shared)
+        return cpu.mix_experts_packed(plain_rows(x), weights, experts, gate_up, down, shared)
     if isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight):
         raise TypeError("the experts' weights are packed as a whole or not at all")
     if on_gpu(x):
         from tern.ops import cuda
 
         return cuda.mix_experts(x, weights, experts, gate_up, down, shared)
+    x = plain_rows(x)
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
         return reference.mix_experts(x, weights, experts, gate_up, down, shared, _gated(x))
     return reference_gpu.mix_experts(x, weights, experts, gate_up, down, shared)
+
+
+def mixture(x: Rows, router: Router, gate_up: Weight, down: Weight, shared: SwiGLUWeights | None = None) -> Delta:
+    """`mix_experts` of what `route` gives for `x` [T, H] -> [T, H]; a GPU computes them in fewer launches."""
+    if on_gpu(x) and isinstance(gate_up, GpuWeight) and isinstance(down, GpuWeight):
+        from tern.ops import cuda
+
+        return cuda.mixture(x, router, gate_up, down, shared)
+    chosen = route(x, router.weight, router.correction_bias, router.experts_per_token, router.norm_min)
+    return mix_experts(x, *chosen, gate_up, down, shared)
+
+
+def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for `positions` [T] -> two [T, D] float32; see `tern.ops.reference.rotary_table`."""
+    if on_gpu(positions):
+        from tern.ops import cuda
+
+        return cuda.rotary_table(positions, frequencies)
+    return reference.rotary_table(positions, frequencies)
 
 
 def rotate_and_store(

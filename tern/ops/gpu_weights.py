@@ -7,6 +7,7 @@ panels for processors; the numbers are the same, so that a model packed once ans
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 BLOCK = 128
 """Rows and depths of an fp8 weight that share a scale, and depths of an activation that do."""
+ROUNDED_NUMBERS = 2**23
+"""Numbers of a weight that are rounded to fp8 together, above those of an expert: 32 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,44 +155,103 @@ class Fp8Weight:
 class Fp8Rows:
     """Activations [T, in] as products with an fp8 weight take them: `round_rows_to_fp8`, done once for all readers.
 
-    `values` float8_e4m3fn [T, in], `scales` float32 [T, ceil(in / 128)]; `plain` [T, in] are the rows before rounding,
-    None where nobody reads those.
+    `values` float8_e4m3fn [T, in], `scales` float32 [T, ceil(in / 128)]. `dtype` is the type of the rows before
+    rounding, and of what is made from these; `plain` [T, in] are those rows, None where nobody reads them.
     """
 
     values: Tensor
     scales: Tensor
+    dtype: torch.dtype
     plain: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[T, in]."""
+        return self.values.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.values.device
 
 
 GpuWeight = Tensor | RowPackedWeight | Fp8Weight
 """What a GPU's linear layer multiplies with."""
 Weight = GpuWeight | PackedWeight
 """What a linear layer multiplies with."""
+Rows = Tensor | Fp8Rows
+"""What a linear layer multiplies: activations [T, in]."""
+RowForm = Literal["plain", "fp8", "both"]
+"""How whoever makes rows should hand them on: a tensor, `Fp8Rows`, or `Fp8Rows` with the plain rows beside them."""
+
+
+def row_form(*readers: Weight) -> RowForm:
+    """The form of rows that are multiplied with these weights."""
+    fp8 = {isinstance(reader, Fp8Weight) for reader in readers}
+    if len(fp8) == 2:
+        return "both"
+    return "fp8" if True in fp8 else "plain"
+
+
+def plain_rows(rows: Rows) -> Tensor:
+    """The rows as they were before rounding. Raises `ValueError` if they were not kept."""
+    if isinstance(rows, Tensor):
+        return rows
+    if rows.plain is None:
+        raise ValueError("rows in fp8 alone cannot meet a weight that is not in fp8: ask for both forms")
+    return rows.plain
 
 
 def round_to_fp8(weight: Tensor, *, block_wise: bool) -> Fp8Weight:
-    """Round `weight` [..., out, in]: the largest magnitude under a scale becomes 448."""
-    wide = weight.float()
-    if block_wise:
-        *stack, rows, depths = wide.shape
-        padded = functional.pad(wide.abs(), (0, -depths % BLOCK, 0, -rows % BLOCK))
-        peaks = padded.view(*stack, -(-rows // BLOCK), BLOCK, -1, BLOCK).amax(dim=(-3, -1))
-    else:
-        peaks = wide.abs().amax(dim=(-2, -1), keepdim=True)
-    scales = torch.where(peaks > 0, peaks / FP8_MAX, 1.0)
-    return Fp8Weight((wide / _spread(scales, tuple(wide.shape))).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales)
+    """Round `weight` [..., out, in]: the largest magnitude under a scale becomes 448.
 
-
-def round_rows_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round activations `x` [T, in], each token's groups of 128 by a scale of their own.
-
-    Returns float8_e4m3fn [T, in] and float32 [T, ceil(in / 128)].
+    In runs of rows of about `ROUNDED_NUMBERS` numbers: beside the result that is all the memory it takes.
     """
+    *stack, rows, depth = weight.shape
+    blocks = (-(-rows // BLOCK), -(-depth // BLOCK)) if block_wise else (1, 1)
+    values = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scales = torch.empty((*stack, *blocks), dtype=torch.float32, device=weight.device)
+    matrices = weight.reshape(-1, rows, depth), values.view(-1, rows, depth), scales.view(-1, *blocks)
+    for matrix, its_values, its_scales in zip(*matrices, strict=True):
+        _round_matrix(matrix, its_values, its_scales)
+    return Fp8Weight(values, scales)
+
+
+def _round_matrix(matrix: Tensor, values: Tensor, scales: Tensor) -> None:
+    """Fill `values` [out, in] and `scales`, a scale a block or one for all, from `matrix` [out, in]."""
+    step = max(1, ROUNDED_NUMBERS // max(1, BLOCK * matrix.shape[1])) * BLOCK
+    runs = torch.split(matrix, step)
+    block_wise = scales.numel() > 1
+    if not block_wise:
+        scales.copy_(_scales(torch.stack([run.abs().max() for run in runs]).max()))
+    for place, run in enumerate(runs):
+        own = scales
+        if block_wise:
+            own = scales[place * step // BLOCK :][: -(-run.shape[0] // BLOCK)]
+            own.copy_(_scales(_block_peaks(run)))
+        wide = run.float() / _spread(own, tuple(run.shape))
+        values[place * step :][: run.shape[0]].copy_(wide.clamp_(-FP8_MAX, FP8_MAX))
+
+
+def _block_peaks(rows: Tensor) -> Tensor:
+    """The largest magnitudes of the blocks of `rows` [out, in] -> [ceil(out / 128), ceil(in / 128)]."""
+    padded = functional.pad(rows.abs(), (0, -rows.shape[1] % BLOCK, 0, -rows.shape[0] % BLOCK))
+    return padded.view(-(-rows.shape[0] // BLOCK), BLOCK, -1, BLOCK).amax(dim=(1, 3))
+
+
+def _scales(peaks: Tensor) -> Tensor:
+    """The float32 scales that bring `peaks` to the largest number of fp8."""
+    wide = peaks.float()
+    return torch.where(wide > 0, wide / FP8_MAX, 1.0)
+
+
+def round_rows_to_fp8(x: Tensor) -> Fp8Rows:
+    """Round activations `x` [T, in], each token's groups of 128 by a scale of their own."""
     wide = functional.pad(x.float(), (0, -x.shape[1] % BLOCK)).view(x.shape[0], -(-x.shape[1] // BLOCK), BLOCK)
     peaks = wide.abs().amax(dim=2)
     scales = torch.where(peaks > 0, peaks / FP8_MAX, 1.0)
     values = (wide / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).flatten(1)[:, : x.shape[1]]
-    return values.to(FP8), scales
+    return Fp8Rows(values.to(FP8), scales, x.dtype, x)
 
 
 def product(x: Tensor, weight: GpuWeight) -> Tensor:
@@ -199,8 +261,9 @@ def product(x: Tensor, weight: GpuWeight) -> Tensor:
     stay what they are.
     """
     if isinstance(weight, Fp8Weight):
-        values, scales = round_rows_to_fp8(x)
-        return (values.float() * scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]) @ weight.floats().t()
+        rows = round_rows_to_fp8(x)
+        spread = rows.scales.repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]]
+        return (rows.values.float() * spread) @ weight.floats().t()
     if isinstance(weight, RowPackedWeight):
         depth = weight.integers().shape[1]
         padded = functional.pad(x.float(), (0, depth - x.shape[1]))

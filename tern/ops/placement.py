@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+
+from tern.ops.gpu_weights import Rows
 
 _interpreted = False
 
@@ -16,7 +17,7 @@ def uses_gpu(device: torch.device) -> bool:
     return device.type == "cuda" or _interpreted
 
 
-def on_gpu(x: Tensor) -> bool:
+def on_gpu(x: Rows) -> bool:
     """Whether `x` belongs to the GPU's kernels."""
     return uses_gpu(x.device)
 

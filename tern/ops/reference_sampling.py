@@ -33,7 +33,7 @@ class Draws:
     top_k: Tensor
     top_p: Tensor
 
-    def rows(self, rows: Tensor) -> Draws:
+    def rows(self, rows: Tensor | slice) -> Draws:
         """Those of some rows."""
         fields = (self.uniforms, self.temperatures, self.min_p, self.top_k, self.top_p)
         return Draws(*(field[rows] for field in fields))

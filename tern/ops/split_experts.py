@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from tern.ops import cpu
+from tern.ops.gpu_weights import Rows, plain_rows
 from tern.ops.packed import PackedWeight
 from tern.ops.swiglu import SwiGLUWeights
 
-SwiGLU = Callable[[Tensor, SwiGLUWeights], Tensor]
+SwiGLU = Callable[[Rows, SwiGLUWeights], Tensor]
 """What computes the shared expert, where that lies."""
 
 
-def are_apart(x: Tensor, shared: SwiGLUWeights | None) -> bool:
+def are_apart(x: Rows, shared: SwiGLUWeights | None) -> bool:
     """Whether packed experts are elsewhere than the rest: `x` on a GPU, or a shared expert that is not packed too."""
     return x.device.type != "cpu" or (shared is not None and not isinstance(shared.gate_up, PackedWeight))
 
 
 def mix_experts(
-    x: Tensor,
+    x: Rows,
     weights: Tensor,
     experts: Tensor,
     gate_up: PackedWeight,
@@ -41,7 +42,7 @@ def mix_experts(
     `x` [T, H], `weights` and `experts` [T, K] and `shared` lie on one device, the packed stacks on the CPU.
     """
     # Kernels of the CPU read no float16. A copy to the host that does not block goes to pinned memory.
-    wide = x.float() if x.dtype == torch.float16 else x
+    wide = plain_rows(x).float() if x.dtype == torch.float16 else plain_rows(x)
     rows, factors, chosen = (tensor.to("cpu", non_blocking=True) for tensor in (wide, weights, experts))
     copied = torch.cuda.current_stream(x.device).record_event() if x.device.type == "cuda" else None
     beside = None if shared is None else swiglu(x, shared)

@@ -15,8 +15,9 @@ from tern.bench import diagnose, hardware
 from tern.bench import doctor as doctor_module
 from tern.checkpoint import load_tensors, resolve_model, weight_bytes
 from tern.cli import main
+from tern.engine import EngineOptions, fits
 from tern.engine.cache_size import token_bytes
-from tern.engine.fits import RUNNING_BYTES
+from tern.engine.fits import HOST_BYTES, step_bytes
 from tern.ops import cpu
 
 
@@ -102,7 +103,7 @@ def test_flags_are_read_as_the_kernel_writes_them(tmp_path: Path, monkeypatch: p
 def test_the_advice_is_what_serves(
     free: float, fitting: list[str], advice: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor_module, "free_memory", lambda _: int(free))
+    monkeypatch.setattr(fits, "free_memory", lambda _: int(free))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     source = resolve_model("dummy:ernie-4.5-21b-a3b")
     found = diagnose(source)
@@ -110,7 +111,7 @@ def test_the_advice_is_what_serves(
     assert found.advice == advice
     for fit in found.fits:
         used = fit.weights_gb * 1e9 + fit.longest_context * token_bytes(source.config, torch.bfloat16)
-        assert not fit.fits or used + RUNNING_BYTES <= free
+        assert not fit.fits or used + HOST_BYTES + step_bytes(source.config, EngineOptions()) <= free
 
 
 @pytest.mark.parametrize(
@@ -135,14 +136,14 @@ def test_a_card_is_described_and_preferred(
     assert line in said
     assert "cuda:0  bfloat16    43.7 GB" in said
     assert "try        tern serve dummy:ernie-4.5-21b-a3b\n" in said
-    assert "--device auto: The weights take 43.7 GB of the 138.5 GB that the GPU has for weights." in said
+    assert "--device auto: The weights take 43.7 GB and the cache of 131072 tokens 7.5 GB of the 124.3 GB" in said
 
 
 @pytest.mark.parametrize(
     ("model", "card", "host", "fitting", "advice"),
     [
         ("ernie-4.5-21b-a3b", 80e9, 9e9, ["bfloat16", "fp8", "wint8", "wint4"], ""),
-        ("ernie-4.5-21b-a3b", 32e9, 9e9, ["fp8", "wint8", "wint4"], " --quantization fp8"),
+        ("ernie-4.5-21b-a3b", 32e9, 9e9, ["fp8", "wint8", "wint4"], " --quantization wint4"),
         (
             "ernie-4.5-21b-a3b",
             16e9,
@@ -161,7 +162,7 @@ def test_a_card_has_its_own_precisions_and_can_share(
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card_found)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (int(card), int(card)))
-    monkeypatch.setattr(doctor_module, "free_memory", lambda device: int(card if device.type == "cuda" else host))
+    monkeypatch.setattr(fits, "free_memory", lambda _: int(host))
     found = diagnose(resolve_model(f"dummy:{model}"))
     names = [f"{fit.device.replace('cuda:0', '')} {fit.precision}".strip() for fit in found.fits if fit.fits]
     assert names == fitting

@@ -19,6 +19,7 @@ from tern import ops
 from tern.checkpoint import (
     FP8_QUANTIZATIONS,
     QUANTIZATIONS,
+    gpu_rounding,
     load_model,
     load_tensors,
     quantise_checkpoint,
@@ -31,8 +32,9 @@ from tern.checkpoint.gpu_rounding import round_matrices
 from tern.checkpoint.quantisation import ROUTED_EXPERTS, packed_bits
 from tern.checkpoint.safetensors_file import MappedFiles
 from tern.errors import CheckpointError, OptionError
-from tern.ops import reference_packed, split_experts
+from tern.ops import gpu_weights, reference_packed, split_experts
 from tern.ops.placement import interpreted
+from tests.memory_peak import MemoryPeak
 
 ROUNDED = [*QUANTIZATIONS, *FP8_QUANTIZATIONS]
 
@@ -122,6 +124,7 @@ def test_fp8_is_the_stored_weights_rounded(tmp_path: Path, quantization: str) ->
     assert sum(weight.nbytes for weight in found.values()) == size
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
 def test_a_gguf_arrives_as_on_the_cpu(tmp_path: Path, quantization: str | None) -> None:
     write_gguf(tmp_path / "it.gguf", wide_moe(), "Q4_0")
@@ -280,6 +283,20 @@ def test_what_is_made_lies_beside_what_it_is_made_of(quantization: str, monkeypa
     with torch.device("meta"):
         found = round_matrices("layers.1.moe.down", (2, 40, 96), stack, quantization)
     assert torch.equal(found.floats(), expected.floats())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("quantization", ROUNDED)
+def test_a_head_is_rounded_in_runs(quantization: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the head and what it becomes, once more for integers, there are a few runs of rows in float32."""
+    monkeypatch.setattr(ops, "pack", reference_packed.pack)  # as for a tensor on a GPU
+    monkeypatch.setattr(gpu_rounding, "ROUNDED_ROWS", 64)
+    monkeypatch.setattr(gpu_weights, "ROUNDED_NUMBERS", 128 * 256)
+    head = torch.randn(64 * 130, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with MemoryPeak() as peak:
+        rounded = round_matrices("head", tuple(head.shape), [head], quantization)
+    times = 1 if quantization in FP8_QUANTIZATIONS else 2
+    assert rounded.nbytes < peak.most < times * rounded.nbytes + 6 * 128 * 256 * 4
 
 
 @pytest.mark.gpu

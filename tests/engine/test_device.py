@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_engine_model import network
 
-from tern.checkpoint import GenerationConfig, ModelSource, resolve_model
-from tern.engine import EngineOptions
 from tern.engine.device import (
     GpuFacts,
     current,
@@ -21,7 +17,6 @@ from tern.engine.device import (
     resolve_device,
     unfit,
 )
-from tern.engine.fits import check_fits, does_not_fit
 from tern.errors import OptionError
 
 GB = 10**9
@@ -42,6 +37,7 @@ class Cards:
             _, _, total, free = cards[number(device)]
             return int(free * GB), int(total * GB)
 
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         patch.setattr("torch.version.cuda", "13.0")
         patch.setattr("torch.cuda.is_available", lambda: bool(cards))
         patch.setattr("torch.cuda.device_count", lambda: len(cards))
@@ -86,6 +82,30 @@ def test_a_number_beyond_the_cards_is_refused(monkeypatch: pytest.MonkeyPatch) -
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(OptionError, match="device is 'cuda:2', but there are 2 GPUs here: choose cuda:0 to cuda:1"):
         resolve_device("cuda:2")
+    Cards(monkeypatch, ("NVIDIA H100", (9, 0), 80.0, 79.5))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    wanted = "'split:7', but there is 1 GPU here; CUDA_VISIBLE_DEVICES is '1': choose split:0"
+    with pytest.raises(OptionError, match=wanted):
+        resolve_device("split:7")
+
+
+@pytest.mark.parametrize(
+    ("visible", "said"),
+    [
+        ("", "CUDA_VISIBLE_DEVICES is '', which hides every card: unset it"),
+        ("-1", "CUDA_VISIBLE_DEVICES is '-1', which hides every card: unset it"),
+        ("MIG-4a5b", r"can be used \(No CUDA GPUs are available; CUDA_VISIBLE_DEVICES is 'MIG-4a5b'\): install"),
+    ],
+)
+def test_cards_that_are_hidden_are_named(visible: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError("No CUDA GPUs are available")
+
+    Cards(monkeypatch)
+    monkeypatch.setattr("torch.cuda.init", init)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(OptionError, match=said):
+        resolve_device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -118,22 +138,6 @@ def test_other_processes_on_the_card_are_named(
     Cards(monkeypatch, ("NVIDIA H100", (9, 0), 80, 19))
     resolve_device("cuda")
     assert "other processes hold 60.0 GB of cuda:0 (NVIDIA H100)" in caplog.text
-
-
-def test_a_model_that_is_too_large_says_what_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source, device = resolve_model("dummy:ernie-4.5-21b-a3b"), torch.device("cuda:0")
-    monkeypatch.setattr("tern.engine.fits.free_memory", lambda on: (24 if on.type == "cuda" else 60) * GB)
-    wanted = (
-        r"does not fit on cuda:0: its weights are 43.7 GB in bfloat16.* 24.0 GB are free. "
-        r"What fits: .*cpu in bfloat16 \(43.7 GB\), max_model_len up to 131072; cpu in wint8 .*cpu in wint4 "
-    )
-    with pytest.raises(OptionError, match=wanted):
-        check_fits(source, EngineOptions(), device)
-    check_fits(source, EngineOptions(), torch.device("cpu"))
-    small = ModelSource("small", tmp_path, network("moe").config, GenerationConfig(frozenset()))
-    check_fits(small, EngineOptions(), device)
-    monkeypatch.setattr("tern.engine.fits.free_memory", lambda _: GB)
-    assert "Nothing here has memory enough" in str(does_not_fit(source, device))
 
 
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tern.checkpoint.quantisation import packed_bits
 from tern.model import Batch, ErnieConfig, ErnieModel
+from tern.ops import Weight, round_to_fp8
 from tern.ops.placement import interpreted
 from tests.compare import assert_close
 from tests.model.ernie_fixtures import Driver, PagedSequence, canonical_tensors, transformers_model
@@ -39,17 +41,17 @@ class DeviceDriver(Driver):
         )
 
 
-def network(moe: bool, dtype: torch.dtype, device: torch.device) -> ErnieModel:
+def network(moe: bool, dtype: torch.dtype, device: torch.device, *, fp8: bool = False) -> ErnieModel:
     theirs = transformers_model(moe, seed=4, use_bias=not moe, **SIZES)
     config = ErnieConfig.from_dict(theirs.config.to_dict())
     wide = ("router", "correction_bias")
-    return ErnieModel(
-        config,
-        {
-            name: tensor.to(device, torch.float32 if name.endswith(wide) else dtype)
-            for name, tensor in canonical_tensors(config, theirs.state_dict()).items()
-        },
-    )
+    tensors: dict[str, Weight] = {}
+    for name, tensor in canonical_tensors(config, theirs.state_dict()).items():
+        if fp8 and packed_bits(name, "fp8") is not None:
+            tensors[name] = round_to_fp8(tensor, block_wise=True).to(device)
+        else:
+            tensors[name] = tensor.to(device, torch.float32 if name.endswith(wide) else dtype)
+    return ErnieModel(config, tensors)
 
 
 def steps(model: ErnieModel) -> Iterator[Tensor]:
@@ -71,6 +73,25 @@ def test_every_step_is_that_of_the_processor(moe: bool, dtype: torch.dtype) -> N
     for step, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
         assert ours.dtype == dtype, step
         assert_close(ours.cpu().float(), theirs.float(), tolerance=TOLERANCES[dtype])
+
+
+def test_norms_round_to_fp8_what_products_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, and fewer rows are then rounded by themselves."""
+    from tern.ops.cuda import products
+
+    rounded: list[int] = []
+    original = products.round_rows_to_fp8
+    monkeypatch.setattr(products, "round_rows_to_fp8", lambda x: rounded.append(x.shape[1]) or original(x))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = network(True, torch.bfloat16, device, fp8=True)
+    assert [(layer.attention.form, layer.mlp.form) for layer in model.layers] == [("fp8", "fp8"), ("fp8", "both")]
+    with interpreted():
+        found, few = list(steps(model)), len(rounded)
+        for layer in model.layers:
+            layer.attention.form = layer.mlp.form = "plain"
+        for ours, alone in zip(found, steps(model), strict=True):
+            assert torch.equal(ours, alone)
+    assert len(rounded) - few >= few + 4 * len(found)  # two norms a layer
 
 
 def test_the_kernels_are_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:

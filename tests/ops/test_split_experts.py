@@ -67,6 +67,14 @@ def test_without_a_shared_expert_there_is_nothing_to_add() -> None:
     )
 
 
+def test_a_mixture_is_of_the_routers_choice() -> None:
+    x, _, _ = step(5, torch.float32)
+    router = ops.Router(noise(EXPERTS, HIDDEN, seed=8), torch.zeros(EXPERTS), CHOSEN, 1e-12)
+    chosen = ops.route(x, router.weight, router.correction_bias, CHOSEN, 1e-12)
+    given = (*stacks(8), shared_expert(torch.float32))
+    assert torch.equal(ops.mixture(x, router, *given), ops.mix_experts(x, *chosen, *given))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 @pytest.mark.parametrize("with_shared", [True, False])

@@ -6,20 +6,20 @@ from torch import Tensor
 
 from tern.ops import reference
 from tern.ops.cuda.products import multiply
-from tern.ops.gpu_weights import GpuWeight
+from tern.ops.gpu_weights import GpuWeight, Rows, plain_rows
 from tern.ops.swiglu import SwiGLUWeights
 
 
-def linear(x: Tensor, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Rows, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
     """As `tern.ops.reference_gpu.linear`: `x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
     if isinstance(weight, Tensor):
-        return reference.linear(x, weight, bias)
+        return reference.linear(plain_rows(x), weight, bias)
     return multiply(x, weight, bias)
 
 
-def swiglu(x: Tensor, layer: SwiGLUWeights, rounded: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """As `tern.ops.reference_gpu.swiglu`: `x` [T, in] -> [T, out]. `rounded` is `x` in fp8 where that is known."""
+def swiglu(x: Rows, layer: SwiGLUWeights) -> Tensor:
+    """As `tern.ops.reference_gpu.swiglu`: `x` [T, in] -> [T, out]."""
     gate_up, down = layer.gate_up, layer.down
     assert isinstance(gate_up, GpuWeight)
     assert isinstance(down, GpuWeight)
-    return linear(multiply(x, gate_up, layer.gate_up_bias, gated=True, rounded=rounded), down, layer.down_bias)
+    return linear(multiply(x, gate_up, layer.gate_up_bias, gated=True), down, layer.down_bias)

@@ -19,7 +19,7 @@ from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.integers import integers, nibbles
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
 from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
-from tern.ops.gpu_weights import BLOCK, Fp8Weight, GpuWeight, RowPackedWeight
+from tern.ops.gpu_weights import BLOCK, Fp8Rows, Fp8Weight, GpuWeight, RowPackedWeight, Rows, plain_rows
 
 _GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
 _FINISH_COLUMNS = 256
@@ -42,6 +42,18 @@ class Routing:
         return self.starts.shape[0] - 1
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A product that the launch of a product of experts computes too: `x` [T, in] by `weight` [out, in] -> `out`.
+
+    Of the kind, type and gating of the experts' product, and without a bias. `out` [T, out], or [T, out / 2] if gated.
+    """
+
+    x: Rows
+    weight: GpuWeight
+    out: Tensor
+
+
 def kind_of(weight: GpuWeight) -> Kind:
     """What the kernel calls this kind of weight."""
     if isinstance(weight, Fp8Weight):
@@ -52,14 +64,14 @@ def kind_of(weight: GpuWeight) -> Kind:
 
 
 def multiply(
-    x: Tensor,
+    x: Rows,
     weight: GpuWeight,
     bias: Tensor | None = None,
     *,
     gated: bool = False,
     routing: Routing | None = None,
-    rounded: tuple[Tensor, Tensor] | None = None,
     tiling: tuple[Sums, Tile] | None = None,
+    beside: Beside | None = None,
 ) -> Tensor:
     """`x` [T, in] times `weight` [out, in] -> [T, out]; silu(gate) * up of its halves [T, out / 2] if `gated`.
 
@@ -68,7 +80,8 @@ def multiply(
     them in the order of pairs. A gated product with plain weights rounds gate, up and silu(gate) to the type of `x`,
     as the reference does; others round once.
 
-    `rounded` is `round_rows_to_fp8(x)` where it is known; `tiling` takes the place of what `choose` finds.
+    `tiling` takes the place of what `choose` finds. The product `beside` is added up as the experts' are, in one chunk,
+    so that its sums do not depend on the number of its rows.
 
     Raises `ValueError` if rows and weight differ in depth.
     """
@@ -81,12 +94,12 @@ def multiply(
     if out.numel() == 0:
         return out
     kind = kind_of(weight)
-    values, x_scales = (rounded or round_rows_to_fp8(x)) if kind == "fp8" else (x.contiguous(), x)
+    values, x_scales = _operand(x, kind)
     shape = Shape(kind, columns, depth, gated, routing is not None, values.element_size())
     sums, tile = tiling or choose(shape, rows if routing is None else -(-rows // routing.experts))
     tiles_n, tiles_t = -(-columns // tile.block_n), _tiles_of_rows(rows, routing, tile)
     apart = sums.splits > 1 and tiles_n * tiles_t < PROCESSORS
-    even = depth % sums.block_k == 0
+    even = depth % sums.block_k == 0 and (beside is None or beside.weight.shape[-1] % sums.block_k == 0)
     stored = _stored(weight)
     scales, *strides = _scales(weight)
     finish = {"KIND": kind, "GATED": gated, "HAS_BIAS": bias is not None, "INTERPRETED": INTERPRETED}
@@ -95,14 +108,17 @@ def multiply(
         target = torch.empty(sums.splits, rows, weight_rows, dtype=torch.float32, device=x.device)
     order, starts = (values, values) if routing is None else (routing.order, routing.starts)
     added = scales if bias is None else bias
-    _product[(tiles_n * tiles_t, sums.splits if apart else 1)](
-        *(target, values, x_scales, *stored, scales, added, order, starts),
-        *(rows, columns, depth, stored[0].shape[-1], sums.chunk(depth), tiles_n, tiles_t, *strides),
+    read, numbers = (target, values, x_scales, *stored, scales), (rows, columns, depth, stored[0].shape[-1])
+    others, other_numbers, other_tiles = _beside(beside, read, kind, tile, gated=gated)
+    _product[(other_tiles + tiles_n * tiles_t, sums.splits if apart else 1)](
+        *(*read, added, order, starts, *others),
+        *(*numbers, sums.chunk(depth), tiles_n, tiles_t, *strides, *other_numbers),
         **_constants(routing, tile),
+        BESIDE=beside is not None,
         CHUNKS=1 if apart else sums.splits,
         APART=apart,
         EVEN_K=even,
-        UP_APART=gated and columns % BLOCK > 0,
+        UP_APART=gated and any(size % BLOCK for size in (columns, other_numbers[1])),
         DTYPE=_TYPES[x.dtype],
         **{"BLOCK_K": sums.block_k, **finish},
     )
@@ -110,6 +126,34 @@ def multiply(
         grid, sizes = (rows, -(-columns // _FINISH_COLUMNS)), {"SPLITS": sums.splits, "BLOCK": _FINISH_COLUMNS}
         _finish_rows[grid](out, target, scales, added, rows, columns, **sizes, **finish)
     return out
+
+
+def _beside(
+    beside: Beside | None, read: tuple[Tensor, ...], kind: Kind, tile: Tile, *, gated: bool
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
+    """The kernel's tensors and numbers of the other product, and its tiles; without one `read` in their place."""
+    if beside is None:
+        return read, (0,) * 8, 0
+    weight_rows, depth = beside.weight.shape
+    x = beside.x
+    if x.shape[1] != depth or kind_of(beside.weight) != kind:
+        raise ValueError(f"rows {list(x.shape)} cannot meet {list(beside.weight.shape)} beside experts of {kind}")
+    values, x_scales = _operand(x, kind)
+    columns = weight_rows // 2 if gated else weight_rows
+    stored = _stored(beside.weight)
+    scales, _, scales_row, scales_depth = _scales(beside.weight)
+    tiles_n, tiles_t = -(-columns // tile.block_n), -(-x.shape[0] // tile.block_t)
+    numbers = (x.shape[0], columns, depth, stored[0].shape[-1], tiles_n, tiles_t, scales_row, scales_depth)
+    return (beside.out, values, x_scales, *stored, scales), numbers, tiles_n * tiles_t
+
+
+def _operand(x: Rows, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Rows as the kernel reads them beside this kind of weight, and their scales; in place of none, the rows."""
+    if kind == "fp8":
+        rounded = x if isinstance(x, Fp8Rows) else round_rows_to_fp8(x)
+        return rounded.values, rounded.scales
+    plain = plain_rows(x).contiguous()
+    return plain, plain
 
 
 def _constants(routing: Routing | None, tile: Tile) -> dict[str, int]:
@@ -166,6 +210,12 @@ def _product(
     bias,
     order,
     starts,
+    other_out,
+    other_x,
+    other_x_scales,
+    other_values,
+    other_factors,
+    other_scales,
     rows,
     columns,
     depth,
@@ -176,9 +226,18 @@ def _product(
     scales_expert,
     scales_row,
     scales_depth,
+    other_rows,
+    other_columns,
+    other_depth,
+    other_pitch,
+    other_tiles_n,
+    other_tiles_t,
+    other_scales_row,
+    other_scales_depth,
     PAIRS: tl.constexpr,
     EXPERTS: tl.constexpr,
     EXPERTS_PADDED: tl.constexpr,
+    BESIDE: tl.constexpr,
     CHUNKS: tl.constexpr,
     APART: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -194,20 +253,38 @@ def _product(
     INTERPRETED: tl.constexpr,
 ):
     """A tile of `out` [rows, columns], or with `APART` of a chunk's float32 sums [splits, rows, weight rows]."""
-    tile_n, tile_t = _place(tl.program_id(0), tiles_n, tiles_t, GROUP_T)
+    program = tl.program_id(0)
+    others = other_tiles_n * other_tiles_t if BESIDE else 0
+    routed = program >= others  # the other product comes first: its weight is deeper, its programs take the longest
+    if BESIDE:
+        if routed:
+            program -= others
+        else:
+            out, x, x_scales = other_out, other_x, other_x_scales
+            values, factors, scales = other_values, other_factors, other_scales
+        rows, columns = tl.where(routed, rows, other_rows), tl.where(routed, columns, other_columns)
+        depth, pitch = tl.where(routed, depth, other_depth), tl.where(routed, pitch, other_pitch)
+        chunk = tl.where(routed, chunk, depth)
+        tiles_n, tiles_t = tl.where(routed, tiles_n, other_tiles_n), tl.where(routed, tiles_t, other_tiles_t)
+        scales_row = tl.where(routed, scales_row, other_scales_row)
+        scales_depth = tl.where(routed, scales_depth, other_scales_depth)
+    tile_n, tile_t = _place(program, tiles_n, tiles_t, GROUP_T)
+    expert, first, end = tile_t * 0, tile_t * BLOCK_T, rows
     if EXPERTS:
-        expert, first, end = _rows_of_expert(starts, tile_t, EXPERTS, EXPERTS_PADDED, BLOCK_T)
+        if routed:
+            expert, first, end = _rows_of_expert(starts, tile_t, EXPERTS, EXPERTS_PADDED, BLOCK_T)
         if expert >= EXPERTS:
             return
-    else:
-        expert, first, end = 0, tile_t * BLOCK_T, rows
     places = first + tl.arange(0, BLOCK_T)
     inside = places < end
     places = tl.minimum(places, end - 1)  # rows past the end are computed again and not stored
     read, written = places, places
     if EXPERTS:
-        pairs = tl.load(order + places)
-        read, written = (pairs // PAIRS, places) if GATED else (places, pairs)
+        pairs = tl.load(order + places, mask=places < tl.where(routed, end, 0), other=0)
+        if GATED:
+            read = tl.where(routed, pairs // PAIRS, places)
+        else:
+            written = tl.where(routed, pairs, places)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     kept = tl.minimum(column, columns - 1)
     parts: tl.constexpr = 2 if GATED else 1

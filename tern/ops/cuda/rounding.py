@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from tern.ops.cuda.launch import narrow, tl, triton
-from tern.ops.gpu_weights import BLOCK, FP8
+from tern.ops.gpu_weights import BLOCK, FP8, Fp8Rows
 
 
-def empty_fp8_rows(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Room for rounded rows: float8_e4m3fn [rows, width] and their scales, float32 [rows, ceil(width / 128)]."""
+def empty_fp8_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device, plain: Tensor | None) -> Fp8Rows:
+    """Room for rows [rows, width] of `dtype` in fp8, beside those that are `plain`."""
     values = torch.empty(rows, width, dtype=FP8, device=device)
-    return values, torch.empty(rows, -(-width // BLOCK), dtype=torch.float32, device=device)
+    scales = torch.empty(rows, -(-width // BLOCK), dtype=torch.float32, device=device)
+    return Fp8Rows(values, scales, dtype, plain)
 
 
 @triton.jit

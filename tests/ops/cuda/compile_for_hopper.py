@@ -1,4 +1,6 @@
-"""Compile the products' kernels for a Hopper GPU, with the arguments of real calls: a program that needs no GPU.
+"""Compile the kernels of products, and of the norms between them, for a Hopper GPU: a program that needs no GPU.
+
+They get the arguments of real calls.
 
 The interpreter takes what the compiler refuses: other types on two ways of one function, methods of arguments that are
 1. Each kernel that is called is compiled and not run.
@@ -21,9 +23,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from tern.ops import SwiGLUWeights, reference_packed  # noqa: E402
-from tern.ops.cuda import linear, mix_experts  # noqa: E402
-from tern.ops.gpu_weights import GpuWeight, RowPackedWeight, round_to_fp8  # noqa: E402
+from tern.ops import Router, SwiGLUWeights, reference_packed  # noqa: E402
+from tern.ops.cuda import add_rms_norm, linear, mixture, swiglu  # noqa: E402
+from tern.ops.gpu_weights import GpuWeight, RowPackedWeight, round_to_fp8, row_form  # noqa: E402
 
 
 class Hopper:
@@ -61,8 +63,15 @@ def main(kind: str) -> None:
     depth = 1024
     shared = SwiGLUWeights(weight_of(kind, 256, depth), weight_of(kind, depth, 128))
     stacks = weight_of(kind, 4, 128, depth), weight_of(kind, 4, depth, 64)
-    experts = torch.zeros(1, 2, dtype=torch.int64)
-    mix_experts(torch.randn(1, depth).bfloat16(), torch.ones(1, 2), experts, *stacks, shared)
+    router = Router(torch.randn(4, depth), torch.zeros(4), 2, 1e-12)
+    norm = torch.ones(depth).bfloat16()
+    for tokens in (1, 2000):
+        x, stream = add_rms_norm(
+            None, torch.randn(tokens, depth).bfloat16(), norm, 1e-5, row_form(router.weight, *stacks)
+        )
+        outputs = mixture(x, router, *stacks, shared)
+        add_rms_norm(outputs, stream, norm, 1e-5, row_form(*stacks))
+    swiglu(torch.randn(1, depth).bfloat16(), shared)
     linear(torch.randn(40, 1000).bfloat16(), weight_of(kind, 2, 1000), torch.ones(2).bfloat16())
     print(*sorted(compiled))
 

@@ -9,7 +9,7 @@ from tern import ops
 from tern.ops import reference_gpu
 from tern.ops.placement import interpreted
 from tests.compare import assert_close
-from tests.ops.cuda.test_experts import choices, moved, stacks
+from tests.ops.cuda.test_experts import EXPERTS, choices, moved, stacks
 from tests.ops.cuda.test_matmul import KINDS, noise
 
 
@@ -34,7 +34,7 @@ def test_layers(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
         return (
             ops.linear(x, gate_up[1], bias),
             ops.swiglu(x, there),
-            ops.mix_experts(x, weights, experts, gate_up, down, there),
+            rows_of(ops.mix_experts(x, weights, experts, gate_up, down, there)),
         )
 
     with interpreted():
@@ -53,6 +53,27 @@ def test_a_processor_computes_them_in_plain_torch(kind: str) -> None:
     assert torch.equal(ops.mix_experts(x, weights, experts, gate_up, down, shared), expected)
     assert torch.equal(ops.linear(x, gate_up[1]), reference_gpu.linear(x, gate_up[1]))
     assert torch.equal(ops.swiglu(x, shared), reference_gpu.swiglu(x, shared))
+
+
+def test_a_mixture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate_up, down, shared = stacks("int8", 40, 24)
+    x, router = noise(3, 40), ops.Router(noise(EXPERTS, 40, seed=6), torch.zeros(EXPERTS), 2, 1e-12)
+    expected = ops.mixture(x, router, gate_up, down, shared)
+    chosen = ops.route(x, router.weight, router.correction_bias, 2, 1e-12)
+    assert torch.equal(expected, ops.mix_experts(x, *chosen, gate_up, down, shared))
+    called: list[str] = []
+    monkeypatch.setattr("tern.ops.cuda.mixture", _noted("mixture", called))
+    there = ops.Router(router.weight.to(device), router.correction_bias.to(device), 2, 1e-12)
+    with interpreted():
+        found = ops.mixture(x.to(device), there, gate_up.to(device), down.to(device), moved(shared, device))
+    assert called == ["mixture"]
+    assert_close(rows_of(found).cpu(), expected, tolerance=1e-5)
+
+
+def rows_of(delta: ops.Delta) -> torch.Tensor:
+    """A GPU's kernels leave the sum to the next norm."""
+    assert isinstance(delta, ops.ExpertOutputs)
+    return delta.sum()
 
 
 def _noted(name: str, called: list[str]):

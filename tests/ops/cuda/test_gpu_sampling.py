@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tern.ops import reference_sampling
-from tern.ops.cuda import draw, keep_allowed, largest, sampling
+from tern.ops.cuda import draw, drawing, keep_allowed, largest, sampling
+from tern.ops.cuda.arrival import counters
 from tern.ops.reference_sampling import Draws
 from tests.ops.test_sampling import some_draws
 
@@ -176,7 +177,7 @@ def test_a_row_that_leaves_one_token_gives_it(fields: dict[str, float], device: 
 
 
 def test_a_row_with_more_candidates_than_are_gathered(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_CANDIDATES", 4)
+    monkeypatch.setattr(drawing, "_CANDIDATES", 4)
     rng = random.Random(2)
     logits = noise(8, 3000, seed=2) * 0.3
     logits[0] = 0.0
@@ -209,6 +210,17 @@ def test_a_row_draws_the_same_alone_and_among_others(device: torch.device) -> No
     for row in range(8):
         alone = draw(logits[row : row + 1], peaks[row : row + 1], draws.rows(torch.tensor([row])))
         assert alone.tolist() == [together[row]]
+
+
+def test_more_rows_than_there_are_counters(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = (noise(7, 2500, seed=6) * 3).to(device)
+    draws = some_draws(random.Random(6), 7, 2500)
+    peaks, ids = largest(logits)
+    together = draw(logits, peaks, draws)
+    monkeypatch.setattr(sampling, "MOST", 3)
+    assert torch.equal(torch.stack(largest(logits)), torch.stack((peaks, ids)))
+    assert torch.equal(draw(logits, peaks, draws), together)
+    assert not counters(logits.device).any(), "the next launch finds zeros"
 
 
 def test_no_rows_and_bad_draws(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,10 +116,24 @@ def test_what_lies_around_is_not_read(kind: str, device: torch.device) -> None:
 def test_rounding_of_rows_to_fp8(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
     x = (noise(*shape) * torch.exp(3 * noise(*shape, seed=1))).to(dtype)
     x[:1, :100] = 0
-    values, scales = round_rows_to_fp8(x.to(device))
-    expected = reference_rounding(x)
-    assert torch.equal(values.cpu().float(), expected[0].float())
-    assert torch.equal(scales.cpu(), expected[1])
+    found, expected = round_rows_to_fp8(x.to(device)), reference_rounding(x)
+    assert torch.equal(found.values.cpu().float(), expected.values.float())
+    assert torch.equal(found.scales.cpu(), expected.scales)
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17])
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+def test_rows_that_come_in_fp8_are_those_that_are_rounded_here(kind: str, rows: int, device: torch.device) -> None:
+    """And whose weight is not in fp8 takes them as they were."""
+    weight, down = weight_of(kind, 66, 300, parts=2).to(device), weight_of(kind, 40, 33, seed=2).to(device)
+    layer = SwiGLUWeights(weight, down)
+    x = noise(rows, 300).to(device)
+    given = round_rows_to_fp8(x)
+    if kind.startswith("fp8"):
+        given = replace(given, plain=None)
+    assert torch.equal(linear(given, weight), linear(x, weight))
+    assert torch.equal(swiglu(given, layer), swiglu(x, layer))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,6 +11,8 @@ from torch import Tensor
 from tern import ops
 from tern.ops import reference
 from tern.ops.cuda import route, router
+from tern.ops.cuda.arrival import counters
+from tern.ops.cuda.experts import sort_by_expert
 from tern.ops.placement import interpreted
 from tests.compare import assert_close
 
@@ -62,6 +64,45 @@ def test_a_row_alone_is_as_in_a_batch(device: torch.device) -> None:
         assert torch.equal(alone[1][0], chosen[row])
 
 
+@pytest.mark.parametrize(("experts", "top"), [(20, 4), (64, 6), (1, 1), (33, 33)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 31, 32, 33, 70])
+def test_one_launch_gives_the_bits_of_two_and_sorts(
+    rows: int, experts: int, top: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [tensor.to(device) for tensor in layer(rows, 300, experts, torch.bfloat16)]
+    monkeypatch.setattr(router, "_LAST_SCORES", 128 * 64)
+    weights, chosen, routing = router.choose(*given, top, 1e-12)
+    monkeypatch.setattr(router, "_LAST_SCORES", 0)
+    apart = router.choose(*given, top, 1e-12)
+    assert apart[2] is None
+    assert torch.equal(weights, apart[0])
+    assert torch.equal(chosen, apart[1])
+    assert routing is not None
+    assert routing.experts_per_token == top
+    sorted_apart = sort_by_expert(chosen, experts)
+    assert torch.equal(routing.starts, sorted_apart.starts)
+    assert torch.equal(routing.order, sorted_apart.order)
+    assert routing.order.tolist() == chosen.flatten().argsort(stable=True).tolist()
+    assert not counters(device).any()
+
+
+def test_all_tokens_may_choose_one_expert(device: torch.device) -> None:
+    x, weight, bias = (tensor.to(device) for tensor in layer(32, 40, 7, torch.float32))
+    bias[4] = math.inf
+    weights, chosen, routing = router.choose(x, weight, bias, 1, 1e-12)
+    assert routing is not None
+    assert routing.starts.tolist() == [0] * 5 + [32] * 3
+    assert routing.order.tolist() == list(range(32))
+    assert (chosen == 4).all()
+    assert_close(weights, torch.ones_like(weights), tolerance=1e-6)
+
+
+def test_few_tokens_and_experts_take_one_launch(device: torch.device) -> None:
+    for rows, experts, one in ((1, 64, True), (32, 64, True), (33, 64, False), (4, 512, True), (5, 512, False)):
+        given = (tensor.to(device) for tensor in layer(rows, 8, experts, torch.float32))
+        assert (router.choose(*given, 2, 1e-12)[2] is not None) == one
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="an interpreter multiplies tiles of other sizes otherwise")
 def test_a_row_is_routed_alike_by_the_tiles_of_few_and_of_many(device: torch.device) -> None:
@@ -104,6 +145,15 @@ def test_a_row_of_nan_is_routed_somewhere_and_shows(device: torch.device) -> Non
     assert len(set(chosen[1].tolist())) == 2
     assert ((chosen >= 0) & (chosen < 5)).all()
     assert weights[[0, 2]].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's numpy
+def test_a_nan_of_one_expert_shows_in_all_weights(device: torch.device) -> None:
+    x, weight, bias = (tensor.to(device) for tensor in layer(2, 16, 5, torch.float32))
+    weight[3, 2] = math.nan
+    weights, chosen = route(x, weight, bias, 2, 1e-12)
+    assert weights.isnan().all()
+    assert ((chosen >= 0) & (chosen < 5)).all()
 
 
 def test_what_lies_beside_is_not_read(device: torch.device) -> None:
