@@ -31,10 +31,11 @@ def add_rms_norm(
     rounded = empty_fp8_rows(rows, width, residual.dtype, residual.device, plain) if to_fp8 else None
     if rows:
         results = (plain, *((None, None) if rounded is None else (rounded.values, rounded.scales)), summed)
+        pitch = 0 if rounded is None else rounded.scales.stride(1)
         addends, kinds = _addends(delta)
         block = max(triton.next_power_of_2(width), GROUP if to_fp8 else 1)
         _add_rms_norm[(rows,)](
-            *(residual, weight, *results, *addends, width, eps),
+            *(residual, weight, *results, *addends, width, pitch, eps),
             **kinds,
             PLAIN=plain is not None,
             TO_FP8=to_fp8,
@@ -78,6 +79,7 @@ def _add_rms_norm(
     pair_experts,
     shared,
     width,
+    pitch,
     eps,
     HAS_DELTA: tl.constexpr,
     HAS_SHARED: tl.constexpr,
@@ -122,8 +124,8 @@ def _add_rms_norm(
     if PLAIN:
         tl.store(normed + start + columns, result, mask=inside)
     if TO_FP8:
-        of_row = scales + row * tl.cdiv(width, GROUP)
-        store_as_fp8(result.to(tl.float32), values + start, of_row, 0, width, BLOCK, GROUP, INTERPRETED)
+        at = values + start, scales + row, pitch
+        store_as_fp8(result.to(tl.float32), *at, 0, width, BLOCK, GROUP, INTERPRETED)
 
 
 @triton.jit

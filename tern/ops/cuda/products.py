@@ -108,7 +108,10 @@ def multiply(
         target = torch.empty(sums.splits, rows, weight_rows, dtype=torch.float32, device=x.device)
     order, starts = (values, values) if routing is None else (routing.order, routing.starts)
     added = scales if bias is None else bias
-    read, numbers = (target, values, x_scales, *stored, scales), (rows, columns, depth, stored[0].shape[-1])
+    read, numbers = (
+        (target, values, x_scales, *stored, scales),
+        (rows, columns, depth, x_scales.stride(1), stored[0].shape[-1]),
+    )
     others, other_numbers, other_tiles = _beside(beside, read, kind, tile, gated=gated)
     _product[(other_tiles + tiles_n * tiles_t, sums.splits if apart else 1)](
         *(*read, added, order, starts, *others),
@@ -133,7 +136,7 @@ def _beside(
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
     """The kernel's tensors and numbers of the other product, and its tiles; without one `read` in their place."""
     if beside is None:
-        return read, (0,) * 8, 0
+        return read, (0,) * 9, 0
     weight_rows, depth = beside.weight.shape
     x = beside.x
     if x.shape[1] != depth or kind_of(beside.weight) != kind:
@@ -143,7 +146,8 @@ def _beside(
     stored = _stored(beside.weight)
     scales, _, scales_row, scales_depth = _scales(beside.weight)
     tiles_n, tiles_t = -(-columns // tile.block_n), -(-x.shape[0] // tile.block_t)
-    numbers = (x.shape[0], columns, depth, stored[0].shape[-1], tiles_n, tiles_t, scales_row, scales_depth)
+    sizes = (x.shape[0], columns, depth, x_scales.stride(1), stored[0].shape[-1])
+    numbers = (*sizes, tiles_n, tiles_t, scales_row, scales_depth)
     return (beside.out, values, x_scales, *stored, scales), numbers, tiles_n * tiles_t
 
 
@@ -151,6 +155,7 @@ def _operand(x: Rows, kind: Kind) -> tuple[Tensor, Tensor]:
     """Rows as the kernel reads them beside this kind of weight, and their scales; in place of none, the rows."""
     if kind == "fp8":
         rounded = x if isinstance(x, Fp8Rows) else round_rows_to_fp8(x)
+        assert rounded.scales.stride(0) == 1, "scales of neighbouring rows lie side by side: see `empty_fp8_rows`"
         return rounded.values, rounded.scales
     plain = plain_rows(x).contiguous()
     return plain, plain
@@ -219,6 +224,7 @@ def _product(
     rows,
     columns,
     depth,
+    x_pitch,
     pitch,
     chunk,
     tiles_n,
@@ -229,6 +235,7 @@ def _product(
     other_rows,
     other_columns,
     other_depth,
+    other_x_pitch,
     other_pitch,
     other_tiles_n,
     other_tiles_t,
@@ -264,6 +271,7 @@ def _product(
             values, factors, scales = other_values, other_factors, other_scales
         rows, columns = tl.where(routed, rows, other_rows), tl.where(routed, columns, other_columns)
         depth, pitch = tl.where(routed, depth, other_depth), tl.where(routed, pitch, other_pitch)
+        x_pitch = tl.where(routed, x_pitch, other_x_pitch)
         chunk = tl.where(routed, chunk, depth)
         tiles_n, tiles_t = tl.where(routed, tiles_n, other_tiles_n), tl.where(routed, tiles_t, other_tiles_t)
         scales_row = tl.where(routed, scales_row, other_scales_row)
@@ -285,6 +293,10 @@ def _product(
             read = tl.where(routed, pairs // PAIRS, places)
         else:
             written = tl.where(routed, pairs, places)
+    scales_read = read
+    if not (EXPERTS and GATED):  # rows follow each other, and so do their scales, past the end too
+        x_scales += first
+        scales_read = tl.arange(0, BLOCK_T)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     kept = tl.minimum(column, columns - 1)
     parts: tl.constexpr = 2 if GATED else 1
@@ -299,14 +311,16 @@ def _product(
         scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
     begin = tl.program_id(1) * chunk
     gate, up = _chunk(
-        *(x, x_scales, read, values, factors, scales, row, row + columns, scale_at, up_scale_at, scales_depth),
+        *(x, x_scales, read, scales_read, x_pitch, values, factors, scales, row, row + columns),
+        *(scale_at, up_scale_at, scales_depth),
         *(begin, tl.minimum(begin + chunk, depth), depth, pitch),
         *(EVEN_K, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K, KIND, GATED, INTERPRETED),
     )
     for index in range(1, CHUNKS):
         begin = index * chunk
         more, more_up = _chunk(
-            *(x, x_scales, read, values, factors, scales, row, row + columns, scale_at, up_scale_at, scales_depth),
+            *(x, x_scales, read, scales_read, x_pitch, values, factors, scales, row, row + columns),
+            *(scale_at, up_scale_at, scales_depth),
             *(begin, tl.minimum(begin + chunk, depth), depth, pitch),
             *(EVEN_K, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K, KIND, GATED, INTERPRETED),
         )
@@ -355,6 +369,8 @@ def _chunk(
     x,
     x_scales,
     x_row,
+    x_scales_row,
+    x_pitch,
     values,
     factors,
     scales,
@@ -381,9 +397,13 @@ def _chunk(
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = gate
     x_at = x + x_row.to(tl.int64)[None, :] * depth
-    x_scale_at = x_scales + x_row.to(tl.int64) * ((depth + 127) // 128)
-    if KIND == "fp8":  # scales are loaded a tile ahead: unlike operands of `dot`, the compiler does not do that
-        x_scale = tl.load(x_scale_at + begin // 128)
+    x_scale_at = x_scales + x_scales_row
+    # Scales are loaded a tile ahead: unlike operands of `dot`, the compiler does not do that. Those of many rows would
+    # take too many registers, and arrive while their tile is multiplied.
+    AHEAD: tl.constexpr = BLOCK_T < 64
+    if KIND == "fp8":
+        if AHEAD:
+            x_scale = tl.load(x_scale_at + begin // 128 * x_pitch)
         scale = tl.load(scales + scale_at + (begin // 128) * scales_depth)
         up_scale = tl.load(scales + up_scale_at + (begin // 128) * scales_depth)
     for k in range(begin, end, BLOCK_K):
@@ -395,7 +415,10 @@ def _chunk(
         weights = _weights(values, factors, row, pitch, k, EVEN_K, DTYPE, BLOCK_N, BLOCK_K, KIND, INTERPRETED)
         if KIND == "fp8":
             ahead = tl.minimum(k + BLOCK_K, end - 1) // 128
-            next_x_scale = tl.load(x_scale_at + ahead)
+            if AHEAD:
+                next_x_scale = tl.load(x_scale_at + ahead * x_pitch)
+            else:
+                x_scale = tl.load(x_scale_at + k // 128 * x_pitch)
             next_scale = tl.load(scales + scale_at + ahead * scales_depth)
             sums = dot(weights, tokens, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), INTERPRETED)
             gate += sums * (scale * x_scale)[None, :]
@@ -411,7 +434,7 @@ def _chunk(
                 up_scale = next_up_scale
             else:
                 up = dot(weights, tokens, up, INTERPRETED)
-        if KIND == "fp8":
+        if KIND == "fp8" and AHEAD:
             x_scale = next_x_scale
     return gate, up
 
