@@ -19,7 +19,7 @@ from torch import Tensor
 from tern.ops.cuda import attention_parts as parts
 from tern.ops.cuda.arrival import MOST, counters, is_last
 from tern.ops.cuda.attention_parts import as_query, piece_sums, score_factor, shares
-from tern.ops.cuda.launch import narrow, tl, triton
+from tern.ops.cuda.launch import EARLY, announce, narrow, tl, triton, wait
 from tern.ops.cuda.rotary import turn
 from tern.ops.cuda.rounding import round_groups
 
@@ -94,6 +94,7 @@ def attend_few(
             TURN=tokens is not None,
             TO_FP8=scales is not None,
             **_constants(rows, heads, caches[0], few),
+            **EARLY,
         )
 
 
@@ -324,6 +325,8 @@ def _attend_few(
     such programs share a multiprocessor. `sums` [sequences * FEW, HEADS, pieces and behind them stretches, D] and
     [the same without D] twice are for what the programs tell each other.
     """
+    announce()
+    wait()
     first, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_starts + sequence)
     length = (tl.load(query_starts + sequence + 1) - start).to(tl.int32)
