@@ -25,7 +25,7 @@ from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight
 EXPERTS, PER_TOKEN = 64, 6
 KINDS: tuple[Kind, ...] = ("plain", "int8", "int4", "fp8")
 # (columns, depth, gated, routed): an expert's products; queries, keys and values; attention's output; the shared
-# expert's; layer 0's; the head.
+# expert's; layer 0's; what joins a token and its predecessor for the predictor of more tokens; the head.
 PRODUCTS = [
     (1536, 2560, True, True),
     (2560, 1536, False, True),
@@ -35,21 +35,21 @@ PRODUCTS = [
     (2560, 3072, False, False),
     (12288, 2560, True, False),
     (2560, 12288, False, False),
+    (2560, 5120, False, False),
     (103424, 2560, False, False),
 ]
 
 
 def shapes(kinds: list[Kind]) -> Iterator[Shape]:
-    """The products of the model; plain ones that are neither gated nor of experts are torch's."""
+    """The products of the model."""
     for kind, (columns, depth, gated, routed) in product(kinds, PRODUCTS):
-        if kind != "plain" or gated or routed:
-            yield Shape(kind, columns, depth, gated, routed, 1 if kind == "fp8" else 2)
+        yield Shape(kind, columns, depth, gated, routed, 1 if kind == "fp8" else 2)
 
 
 def candidates(shape: Shape, block_t: int) -> Iterator[Tile]:
     """Tiles that the shape allows."""
     sums = tiles.usual_sums(shape)
-    for block_n, warps, stages in product((64, 128), (4, 8), (2, 3, 4, 5, 6)):
+    for block_n, warps, stages in product((64, 128, 256), (4, 8), (2, 3, 4, 5, 6)):
         tile = Tile(block_n, block_t, warps, stages)
         if tiles.problem(shape, sums, tile) is None:
             yield tile

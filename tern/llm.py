@@ -13,19 +13,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from tern.chat import (
     AnswerForm,
@@ -33,33 +21,21 @@ from tern.chat import (
     ChatProtocol,
     CompiledGrammar,
     GrammarCompiler,
-    ParsedMessage,
-    ParserState,
     RenderedPrompt,
-    TextStream,
     Tokenizer,
     bad_word_sequences,
-    parse_held_response,
-    parse_response,
 )
 from tern.checkpoint import resolve_model
-from tern.engine import (
-    CONTINUE,
-    Engine,
-    EngineOptions,
-    Finish,
-    FinishReason,
-    GeneratedToken,
-    Request,
-    SamplingParams,
-    ScoredToken,
-    Steering,
-    TokenLogprob,
-)
+from tern.engine import Engine, EngineOptions, Request, SamplingParams
 from tern.errors import InvalidRequestError, OptionError
+from tern.offline.jobs import Collector, Job, output_of
+from tern.offline.outputs import CompletionOutput, Logprob, RequestOutput
+from tern.offline.progress import ProgressBar
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,97 +57,6 @@ class TokensPrompt(TypedDict):
 
 Prompt = str | TextPrompt | TokensPrompt
 Conversation = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """One candidate of one step: natural log-probability, rank among the vocabulary (1 = likeliest), its text."""
-
-    logprob: float
-    rank: int
-    decoded_token: str
-
-
-@dataclass
-class CompletionOutput:
-    """One generated sequence.
-
-    `token_ids` includes the end token that stopped it; `text` does not. `logprobs[i]` maps candidate ids of token i to
-    their `Logprob`, token i itself first. `finish_reason` is "stop", "length", "cancelled" or "error"; `stop_reason` is
-    the stop string or the stop token id where one of those ended it. `message` is the parsed answer of a chat, None for
-    plain prompts.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float | None
-    logprobs: list[dict[int, Logprob]] | None
-    finish_reason: str | None
-    stop_reason: int | str | None = None
-    error: str | None = None
-    message: ParsedMessage | None = None
-
-
-@dataclass
-class RequestOutput:
-    """All outputs of one prompt. `num_cached_tokens` of its prompt came from the prefix cache.
-
-    `prompt_logprobs[i]`, if they were asked for, maps candidate ids of prompt token i to their `Logprob`, the token
-    itself first; the first prompt token has None.
-    """
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool = True
-    num_cached_tokens: int = 0
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-
-
-@dataclass
-class _Collector:
-    """The sink of one sequence: keeps its tokens and lets the text stream decide about stops and steering.
-
-    The text of `hidden_token_ids`, mostly the tokens that end the sequence, is no part of the output.
-    """
-
-    stream: TextStream
-    hidden_token_ids: frozenset[int]
-    tokens: list[GeneratedToken] = field(default_factory=list)
-    prompt: list[ScoredToken] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
-    finished: Finish | None = None
-
-    def push(self, token: GeneratedToken) -> Steering:
-        self.tokens.append(token)
-        if token.token_id in self.hidden_token_ids and not token.forced:
-            return CONTINUE
-        step = self.stream.push(token.token_id)
-        self.pieces.append(step.text)
-        return Steering(stop=step.stop, force=step.force)
-
-    def finish(self, finish: Finish) -> None:
-        self.pieces.append(self.stream.finish())
-        self.finished = finish
-
-
-@dataclass
-class _Job:
-    """One prompt on its way through the engine, with a collector for each of its `n` choices.
-
-    `state` is where in a response the prompt of a chat ends, None for a plain prompt.
-    """
-
-    request_id: str
-    text: str | None
-    token_ids: tuple[int, ...]
-    params: SamplingParams
-    state: ParserState | None
-    tools: list[dict[str, Any]] | None
-    collectors: list[_Collector]
-    grammar: CompiledGrammar | None = None
 
 
 class LLM:
@@ -281,7 +166,7 @@ class LLM:
             )
         return given
 
-    def _completion_job(self, prompt: Prompt, params: SamplingParams) -> _Job:
+    def _completion_job(self, prompt: Prompt, params: SamplingParams) -> Job:
         text, token_ids = self._read_prompt(prompt)
         form = AnswerForm.of(params.structured_outputs)
         return self._job(text, token_ids, params, grammar=self._grammars.for_text(form))
@@ -303,7 +188,7 @@ class LLM:
         params: SamplingParams,
         tools: list[dict[str, Any]] | None,
         template_kwargs: dict[str, Any] | None,
-    ) -> _Job:
+    ) -> Job:
         if params.reasoning_max_tokens == 0:
             template_kwargs = {**(template_kwargs or {}), "enable_thinking": False}
         prompt = self._protocol.prompt(messages, tools=tools, template_kwargs=template_kwargs)
@@ -321,18 +206,18 @@ class LLM:
         chat: RenderedPrompt | None = None,
         tools: list[dict[str, Any]] | None = None,
         grammar: CompiledGrammar | None = None,
-    ) -> _Job:
+    ) -> Job:
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._generation.eos_token_ids)
         hidden = frozenset() if params.include_stop_str_in_output else ends
         opens_response = grammar is None or not tools
         streams = [
             self._protocol.text_stream(params, prompt=chat, opens_response=opens_response) for _ in range(params.n)
         ]
-        collectors = [_Collector(stream, hidden) for stream in streams]
+        collectors = [Collector(stream, hidden) for stream in streams]
         state = chat.state if chat is not None else None
-        return _Job(f"offline-{next(self._ids)}", text, tuple(token_ids), params, state, tools, collectors, grammar)
+        return Job(f"offline-{next(self._ids)}", text, tuple(token_ids), params, state, tools, collectors, grammar)
 
-    def _run(self, jobs: list[_Job], *, show_progress: bool) -> list[RequestOutput]:
+    def _run(self, jobs: list[Job], *, show_progress: bool) -> list[RequestOutput]:
         requests = [request for job in jobs for request in self._requests(job)]
         with self._lock:
             try:
@@ -342,9 +227,9 @@ class LLM:
             finally:
                 for request in requests:
                     self._engine.cancel(request.request_id)
-        return [self._output(job) for job in jobs]
+        return [output_of(job, self.get_tokenizer()) for job in jobs]
 
-    def _requests(self, job: _Job) -> Iterable[Request]:
+    def _requests(self, job: Job) -> Iterable[Request]:
         bad = bad_word_sequences(self.get_tokenizer(), job.params.bad_words)
         for index, collector in enumerate(job.collectors):
             yield Request(
@@ -358,55 +243,13 @@ class LLM:
                 grammar=job.grammar.start() if job.grammar else None,
             )
 
-    def _step_until_done(self, jobs: list[_Job], *, show_progress: bool) -> None:
+    def _step_until_done(self, jobs: list[Job], *, show_progress: bool) -> None:
         shown = show_progress and sys.stderr.isatty()
-        with _ProgressBar(jobs) if shown else nullcontext() as bar:
+        with ProgressBar(jobs) if shown else nullcontext() as bar:
             while self._engine.has_work:
                 self._engine.step()
                 if bar is not None:
                     bar.update()
-
-    def _output(self, job: _Job) -> RequestOutput:
-        outputs = [self._completion(index, collector, job) for index, collector in enumerate(job.collectors)]
-        cached = max((c.finished.num_cached_tokens for c in job.collectors if c.finished), default=0)
-        scores: list[dict[int, Logprob] | None] | None = None
-        if job.params.prompt_logprobs is not None:
-            scores = [None, *map(self._logprobs, job.collectors[0].prompt)]
-        return RequestOutput(
-            job.request_id,
-            job.text,
-            list(job.token_ids),
-            outputs,
-            num_cached_tokens=cached,
-            prompt_logprobs=scores,
-        )
-
-    def _completion(self, index: int, collector: _Collector, job: _Job) -> CompletionOutput:
-        finish = collector.finished
-        assert finish is not None, "the engine went idle without finishing a request"
-        text = "".join(collector.pieces)
-        parse = parse_response if job.params.structured_outputs is None else parse_held_response
-        wants_logprobs = job.params.logprobs is not None
-        chosen = [token.logprob.logprob if token.logprob else 0.0 for token in collector.tokens]
-        return CompletionOutput(
-            index=index,
-            text=text,
-            token_ids=[token.token_id for token in collector.tokens],
-            cumulative_logprob=sum(chosen) if wants_logprobs else None,
-            logprobs=[self._logprobs(token) for token in collector.tokens] if wants_logprobs else None,
-            finish_reason=str(finish.reason),
-            stop_reason=collector.stream.stop_string or self._stop_token(finish, job.params),
-            error=finish.message if finish.reason is FinishReason.ERROR else None,
-            message=parse(text, tools=job.tools, start=job.state) if job.state else None,
-        )
-
-    def _stop_token(self, finish: Finish, params: SamplingParams) -> int | None:
-        return finish.stop_token_id if finish.stop_token_id in params.stop_token_ids else None
-
-    def _logprobs(self, token: ScoredToken) -> dict[int, Logprob]:
-        candidates = [token.logprob or TokenLogprob(token.token_id, 0.0, 1), *token.top_logprobs]
-        decode = self.get_tokenizer().token_text
-        return {each.token_id: Logprob(each.logprob, each.rank, decode(each.token_id)) for each in candidates}
 
 
 def _whole_numbers(token_ids: Any) -> list[int]:
@@ -417,33 +260,3 @@ def _whole_numbers(token_ids: Any) -> list[int]:
         raise InvalidRequestError(
             f"prompt_token_ids is {token_ids!r:.80}: it must be a list of whole numbers.", param="prompt_token_ids"
         ) from None
-
-
-class _ProgressBar:
-    """Finished prompts and generated tokens on a terminal's standard error."""
-
-    def __init__(self, jobs: list[_Job]) -> None:
-        self._collectors = [collector for job in jobs for collector in job.collectors]
-        self._progress = Progress(
-            TextColumn("Generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[tokens]} tokens"),
-            console=Console(stderr=True),
-        )
-        self._task: TaskID = self._progress.add_task("generate", total=len(self._collectors), tokens=0)
-
-    def __enter__(self) -> _ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self) -> None:
-        """Show how far the sequences are."""
-        done = sum(collector.finished is not None for collector in self._collectors)
-        tokens = sum(len(collector.tokens) for collector in self._collectors)
-        self._progress.update(self._task, completed=done, tokens=tokens)

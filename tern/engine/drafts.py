@@ -129,6 +129,11 @@ class Drafter:
         self._pause = 0  # decode steps until it works again
         self._era = 0  # counts its pauses
 
+    @property
+    def max_drafts(self) -> int:
+        """Most drafts of a sequence in a step."""
+        return max(self.ngram_drafts, self.predicted_drafts)
+
     def follows(self, sequence: Sequence) -> bool:
         """Whether the predictor shall see the sequence's next step, and draft what follows it.
 

@@ -1,7 +1,7 @@
 """Requests in, tokens out: the step loop and everything that can happen to a request between two steps.
 
-Knows sequences, the scheduler, the runner and the sinks; knows no text, no HTTP and nothing of the network inside the
-model. One thread at a time may use an `Engine`; `tern.engine.service` puts one on a thread of its own.
+Knows sequences, the scheduler and the runner; knows no text, no HTTP and nothing of the network inside the model. One
+thread at a time may use an `Engine`; `tern.engine.service` puts one on a thread of its own.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import time
 import traceback
 import weakref
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +29,7 @@ from tern.engine.cache_size import (
     resolve_max_model_len,
     resolve_num_blocks,
 )
+from tern.engine.delivery import Delivery
 from tern.engine.device import current, free_unused_memory, is_device_lost, is_out_of_memory, resolve_device
 from tern.engine.disk_cache import DiskCache
 from tern.engine.drafts import Drafter
@@ -40,14 +39,13 @@ from tern.engine.memory_profile import memory_for_cache
 from tern.engine.options import EngineOptions
 from tern.engine.pipeline import Pipeline
 from tern.engine.prompt_room import PromptRoom
-from tern.engine.request import Finish, FinishReason, GeneratedToken, Request, Steering
-from tern.engine.request_checks import check_ids, check_request
+from tern.engine.request import FinishReason, Request
+from tern.engine.request_checks import check_request
 from tern.engine.residence import resolve_residence
 from tern.engine.runner import Runner, StepResult
-from tern.engine.sampler import GRAMMAR_FAILED
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk, Scheduler
-from tern.engine.sequence import Sequence, SequenceStatus
+from tern.engine.sequence import Sequence
 from tern.engine.stats import STEP_TOKENS, EngineStats
 from tern.engine.step_failures import DEVICE_LOST, Outcome, compute_what_can_be, explain
 from tern.errors import EngineFailedError, InvalidRequestError, OptionError
@@ -56,8 +54,6 @@ if TYPE_CHECKING:
     from tern.model import ErnieModel
 
 logger = logging.getLogger(__name__)
-
-SINK_FAILED = "The request ended because its tokens could not be delivered."
 
 
 class Engine:
@@ -88,8 +84,8 @@ class Engine:
         check_cache_dtype(options.kv_cache_dtype, model.device)
         kv_dtype, narrow = cache_dtype(options.kv_cache_dtype, model.dtype), narrow_cache(model.device)
         attention = _attention(model, options, kv_dtype)
-        sizes = (kv_dtype, self.max_model_len, self.drafter.predicted_drafts)
-        memory = memory_for_cache(model, options, *sizes, attention)
+        drafts = {"max_drafts": self.drafter.max_drafts, "predicted_drafts": self.drafter.predicted_drafts}
+        memory = memory_for_cache(model, options, kv_dtype, self.max_model_len, **drafts, attention=attention)
         num_blocks = resolve_num_blocks(options, model.config, kv_dtype, memory, self.max_model_len, narrow)
         self.runner = Runner(
             model,
@@ -98,13 +94,14 @@ class Engine:
             kv_dtype=kv_dtype,
             max_num_seqs=options.max_num_seqs,
             max_model_len=self.max_model_len,
-            predicted_drafts=self.drafter.predicted_drafts,
+            **drafts,
             capture=capture_for(model.device, enforce_eager=options.enforce_eager or model.is_split),
             attention=attention,
             progress=progress,
         )
         if self.runner.graphs is not None:
-            logger.info("decode steps of %s sequences replay CUDA graphs", self.runner.graphs.sizes)
+            sizes = (self.runner.graphs.sizes, self.runner.graphs.drafted_sizes)
+            logger.info("decode steps of %s rows, and with drafts of %s, replay CUDA graphs", *sizes)
         self.disk_cache = DiskCache.open(options, model, self.runner.kv, weights_identity)
         if self.disk_cache is not None:
             weakref.finalize(self, self.disk_cache.close)
@@ -126,9 +123,9 @@ class Engine:
         self.admission = Admission(options)
         self.sequences: dict[str, Sequence] = {}  # every request that is not finished
         self.consecutive_failures = 0
-        self._finished = dict.fromkeys(FinishReason, 0)
-        self._computed_tokens = self._generated_tokens = self._steps = self._failed_steps = 0
-        self._last_step_seconds = self._grammar_seconds = 0.0
+        self.delivery = Delivery(self.sequences, self.scheduler, self.admission, self.vocab_size)
+        self._computed_tokens = self._steps = self._failed_steps = 0
+        self._last_step_seconds = 0.0
         self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
 
     @classmethod
@@ -197,8 +194,7 @@ class Engine:
         for part in outcome.computed:
             self.scheduler.commit(part.chunks)
         for part in outcome.computed:
-            self._deliver_scores(part.chunks, part.result)
-            self._deliver(part.chunks, part.result)
+            self.delivery.deliver(part.chunks, part.result)
         self._give_up(outcome.failed)
         return True
 
@@ -237,21 +233,12 @@ class Engine:
         sequence = self.sequences.get(request_id)
         if sequence is None:
             return False
-        self._finish(sequence, FinishReason.CANCELLED)
+        self.delivery.finish(sequence, FinishReason.CANCELLED)
         return True
 
     def end_all(self, reason: FinishReason, message: str | None = None) -> None:
         """Finish every request, because the engine stops: even if its books are wrong, each gets its ending."""
-        while self.sequences:
-            sequence = next(iter(self.sequences.values()))
-            try:
-                self.scheduler.remove(sequence)
-            except Exception:
-                logger.exception("Request %r could not be taken from the queues", sequence.request_id)
-                sequence.status = SequenceStatus.FINISHED
-                with suppress(Exception):  # the pool may be what is broken
-                    self.pool.release(sequence)
-            self._end(sequence, reason, message=message)
+        self.delivery.end_all(reason, message)
 
     def stats(self) -> EngineStats:
         """A snapshot of queues, cache and counters."""
@@ -266,15 +253,15 @@ class Engine:
             prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             prompt_tokens=self.scheduler.prompt_tokens,
             computed_tokens=self._computed_tokens,
-            generated_tokens=self._generated_tokens,
+            generated_tokens=self.delivery.generated_tokens,
             drafted_tokens=self.drafter.drafted_tokens,
             accepted_tokens=self.drafter.accepted_tokens,
             preemptions=self.scheduler.num_preemptions,
             steps=self._steps,
             failed_steps=self._failed_steps,
-            finished=dict(self._finished),
+            finished=dict(self.delivery.finished),
             last_step_seconds=self._last_step_seconds,
-            grammar_seconds=self._grammar_seconds + self.runner.grammar_seconds,
+            grammar_seconds=self.delivery.grammar_seconds + self.runner.grammar_seconds,
             disk_hit_tokens=self.scheduler.restored_hit_tokens,
             disk_bytes_read=self.disk_cache.bytes_read if self.disk_cache else 0,
             disk_bytes_written=self.disk_cache.bytes_written if self.disk_cache else 0,
@@ -332,7 +319,7 @@ class Engine:
     def _give_up(self, failed: Ordered[tuple[Sequence, str]]) -> None:
         """End the requests that could not be computed; the others lose nothing."""
         for sequence, message in failed:
-            self._finish(sequence, FinishReason.ERROR, message=message)
+            self.delivery.finish(sequence, FinishReason.ERROR, message=message)
         if failed:
             self.check_integrity()
 
@@ -342,124 +329,6 @@ class Engine:
         self.admission.learn(prompt_tokens, seconds)
         if self.prompt_room is not None:
             self.prompt_room.learn(decodes, prompt_tokens, seconds)
-
-    def _deliver_scores(self, chunks: Ordered[Chunk], result: StepResult) -> None:
-        """Hand the scores of prompt tokens on, and end the sequences that wanted nothing else."""
-        for place, scores in result.scores.items():
-            sequence = chunks[place].sequence
-            if sequence.status is SequenceStatus.FINISHED:  # another's sink cancelled it just now
-                continue
-            if isinstance(scores, str):
-                self.pool.forget(sequence)  # what could not be read from must not be found again
-                self._finish(sequence, FinishReason.ERROR, message=scores)
-                continue
-            sequence.num_scored_tokens += len(scores)
-            try:
-                if sequence.request.prompt_sink is not None:
-                    sequence.request.prompt_sink(scores)
-            except Exception:
-                logger.exception("The prompt sink of request %r failed", sequence.request_id)
-                self._finish(sequence, FinishReason.ERROR, message=SINK_FAILED)
-        for chunk in chunks:
-            if not chunk.samples and chunk.sequence.num_uncomputed_tokens == 0:
-                self._finish(chunk.sequence, FinishReason.LENGTH)
-
-    def _deliver(self, chunks: Ordered[Chunk], result: StepResult) -> None:
-        sampling = (chunk.sequence for chunk in chunks if chunk.samples)
-        for sequence, sampled in zip(sampling, result.sampled, strict=True):
-            for place, token in enumerate(sampled.tokens):
-                if sequence.status is SequenceStatus.FINISHED or sequence.num_uncomputed_tokens > min(place, 1):
-                    break  # its sink ended it or forced other tokens: what was computed beyond does not follow
-                if place > 0:
-                    self.scheduler.accept(sequence)
-                if isinstance(token, str):
-                    self.pool.forget(sequence)  # what could not be read from must not be found again
-                    self._finish(sequence, FinishReason.ERROR, message=token)
-                else:
-                    self._append(sequence, token)
-
-    def _append(self, sequence: Sequence, token: GeneratedToken) -> None:
-        """Append a sampled token, and what its sink forces after it, until one of them ends the sequence."""
-        pending = deque([token])
-        while pending and sequence.status is not SequenceStatus.FINISHED:  # a sink may cancel any request
-            token = pending.popleft()
-            sequence.token_ids.append(token.token_id)
-            self._generated_tokens += 1
-            if not self._obeys_grammar(sequence, token.token_id):
-                return
-            if sequence.first_token_at is None:
-                sequence.first_token_at = time.monotonic()
-            try:
-                steering = sequence.request.sink.push(token)
-                check_ids("Steering.force", steering.force, self.vocab_size)
-            except Exception:
-                logger.exception("The sink of request %r failed", sequence.request_id)
-                self._finish(sequence, FinishReason.ERROR, message=SINK_FAILED)
-                return
-            self._end_if_due(sequence, token, steering)
-            pending.extend(GeneratedToken(forced, forced=True) for forced in steering.force)
-
-    def _obeys_grammar(self, sequence: Sequence, token_id: int) -> bool:
-        """Tell the sequence's grammar of a token; False if that failed, and then the sequence has been ended."""
-        if sequence.request.grammar is None:
-            return True
-        started = time.perf_counter()
-        try:
-            sequence.request.grammar.accept(token_id)
-        except Exception:
-            logger.exception("The grammar of request %r failed", sequence.request_id)
-            self._finish(sequence, FinishReason.ERROR, message=GRAMMAR_FAILED)
-            return False
-        finally:
-            self._grammar_seconds += time.perf_counter() - started
-        return True
-
-    def _end_if_due(self, sequence: Sequence, token: GeneratedToken, steering: Steering) -> None:
-        if token.token_id in sequence.stop_ids and not token.forced:
-            self._finish(sequence, FinishReason.STOP, stop_token_id=token.token_id)
-        elif steering.stop or (sequence.request.grammar is not None and sequence.request.grammar.ended):
-            self._finish(sequence, FinishReason.STOP)
-        elif len(sequence.token_ids) >= sequence.max_length:
-            self._finish(sequence, FinishReason.LENGTH)
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        *,
-        stop_token_id: int | None = None,
-        message: str | None = None,
-    ) -> None:
-        if sequence.status is SequenceStatus.FINISHED:  # its sink cancelled it just now
-            return
-        self.scheduler.remove(sequence)
-        self._end(sequence, reason, stop_token_id=stop_token_id, message=message)
-
-    def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        *,
-        stop_token_id: int | None = None,
-        message: str | None = None,
-    ) -> None:
-        """Tell the sink of a sequence that stands in no queue any more."""
-        del self.sequences[sequence.request_id]
-        self._finished[reason] += 1
-        self.admission.ended()
-        finish = Finish(
-            reason=reason,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            num_generated_tokens=sequence.num_generated_tokens,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-            stop_token_id=stop_token_id,
-            message=message,
-            milestones=sequence.milestones(),
-        )
-        try:
-            sequence.request.sink.finish(finish)
-        except Exception:
-            logger.exception("The sink of request %r failed at its end", sequence.request_id)
 
 
 def _has_predictor(model: ErnieModel, options: EngineOptions) -> bool:

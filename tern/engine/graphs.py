@@ -2,13 +2,20 @@
 
 A decode step launches some hundred kernels of a few microseconds each, and the host is slower to launch them than the
 GPU to run them. A CUDA graph launches all of them at once, but always with the same addresses and shapes. So there is
-one graph for each of a few numbers of rows, over buffers that stay where they are; a step takes the next larger one:
+one graph for each of a few numbers of rows, over buffers that stay where they are; a step takes the next larger one.
+A row is a token. Sequences follow each other as in any step, and with them stand padding and, where sequences have
+drafts, as many empty ones as there are rows too many:
 
-    rows of a step   | 0 1 2 3 4 | 5 6 7 |     5 sequences in the graph for 8
-    token_ids        | of a step |   0   |     padding reads token 0 at position 0,
-    slots            | of a step | spare |     writes its keys and values where nobody's are,
-    context_lens     | of a step |   1   |     and sees nothing but them
-    block_tables     | of a step | spare |     beyond a step's longest table: what earlier steps left, never read
+    rows of a step   | 0  1  2  3  4 | 5  6  7 |    5 rows in the graph for 8: a with two drafts, b, c
+    token_ids        | a  d  d  b  c | c  c  c |    padding is the row with the shortest context once more, which so
+    positions        | 3  4  5  8  0 | 0  0  0 |    chooses experts that are read anyway,
+    slots            | of a step     | spare   |    and writes its keys and values where nobody's are
+    query_starts     | 0  3  4 | 5  6  7 | 8 8 |    sequences: of the step, of a row of padding each, and empty
+    context_lens     | 6  9  1 | 1  1  1 | 0 0 |
+    block_tables     | A  B  C | C  C  C | . . |
+
+Steps without drafts have graphs of their own, in which no sequence has a second row. Those for drafts are made for as
+many as a sequence may have: sequences that have fewer, or none, take the same.
 
 Logits are not part of it: their product is launched while the graph still runs, and for every graph to keep its own
 would take gigabytes. Whoever owns the cache keeps one block for the padding. What is captured is a function of no
@@ -22,7 +29,6 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,12 +37,11 @@ from torch import Tensor
 from tern.checkpoint.progress import item_progress
 from tern.engine.device import current
 from tern.engine.packing import PackedStep
-from tern.model.batch import Batch, KVCache
-
-if TYPE_CHECKING:
-    from tern.model import ErnieModel
+from tern.model.batch import Batch
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled in the first, and workspaces allocated
+DRAFTED_ROWS = 64
+"""Most rows of a step with drafts that has a graph: attention keeps sums for all drafts that each row could have."""
 
 Compute = Callable[[], Tensor]
 """Hidden states [rows, hidden_size] of the rows in the buffers."""
@@ -44,9 +49,36 @@ Capture = Callable[[Compute], Compute]
 """Makes of a computation over static buffers one that does the same, faster."""
 
 
+@dataclass(frozen=True)
+class GraphLimits:
+    """The largest step that is captured, over a cache whose `spare_block` no sequence is ever given.
+
+    It has `max_num_seqs` sequences, each with up to `max_drafts` drafts.
+    """
+
+    max_num_seqs: int
+    max_drafts: int
+    max_context_len: int
+    block_size: int
+    spare_block: int
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of the largest step."""
+        return max(self.max_num_seqs, *drafted_sizes(self.max_num_seqs, self.max_drafts), 0)
+
+
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of rows that have a graph: 1, 2, 4, every multiple of 8, and the largest of a step."""
     return [size for size in (1, 2, 4, *range(8, max_num_seqs, 8)) if size < max_num_seqs] + [max_num_seqs]
+
+
+def drafted_sizes(max_num_seqs: int, max_drafts: int) -> list[int]:
+    """Numbers of rows, drafts among them, that have a graph: powers of two, to `DRAFTED_ROWS` or the largest step's."""
+    if not max_drafts:
+        return []
+    most = min(max_num_seqs * (1 + max_drafts), DRAFTED_ROWS)
+    return [size for size in (2, 4, 8, 16, 32) if size < most] + [most]
 
 
 class CudaCapture:
@@ -80,67 +112,94 @@ def capture_for(device: torch.device, *, enforce_eager: bool) -> Capture | None:
     return CudaCapture(device) if device.type == "cuda" and not enforce_eager else None
 
 
-class DecodeGraphs:
-    """The decode steps of `model` over `kv` with up to `max_num_seqs` sequences of up to `max_model_len` tokens.
+class StepGraphs:
+    """A pass over the rows of a decode step, `compute`: batch -> hidden states [rows, hidden_size], within `limits`.
 
-    `spare_block` is a block of `kv` that no sequence is ever given. All graphs are captured when this is made, the
-    largest first, with a progress bar if `progress`; that takes a second or some.
+    All graphs are captured when this is made, the largest first, with a progress bar of that `title` if there is one;
+    that takes a second or some.
     """
 
     def __init__(
         self,
-        model: ErnieModel,
-        kv: KVCache,
+        compute: Callable[[Batch], Tensor],
+        device: torch.device,
+        limits: GraphLimits,
         *,
-        max_num_seqs: int,
-        max_model_len: int,
-        spare_block: int,
         capture: Capture,
-        progress: bool = False,
+        title: str | None = None,
     ) -> None:
-        self.sizes = graph_sizes(max_num_seqs)
-        self._spare_block, self._block_size = spare_block, kv.block_size
-        width = -(-max_model_len // kv.block_size)
-        self._inputs = _StaticInputs(max_num_seqs, width, model.device)
-        self._graphs: dict[int, Compute] = {}
-        with current(model.device), item_progress("CUDA graphs", len(self.sizes), enabled=progress) as advance:
-            self._inputs.receive(self._padded(None, max_num_seqs))  # warm-ups must write where nobody's keys are
-            for size in reversed(self.sizes):
-                batch = self._inputs.batch(size, max_model_len)
-                self._graphs[size] = capture(partial(model.hidden, batch, kv))
+        self.sizes = graph_sizes(limits.max_num_seqs)
+        self.drafted_sizes = drafted_sizes(limits.max_num_seqs, limits.max_drafts)
+        self._limits = limits
+        self._inputs = _StaticInputs(limits.max_rows, -(-limits.max_context_len // limits.block_size), device)
+        self._graphs: dict[tuple[bool, int], Compute] = {}
+        keys = [(False, size) for size in self.sizes] + [(True, size) for size in self.drafted_sizes]
+        with current(device), item_progress(title or "", len(keys), enabled=title is not None) as advance:
+            self._inputs.receive(_nobodys(limits))  # warm-ups must write where nobody's keys are
+            for drafted, size in sorted(keys, key=lambda key: -key[1]):
+                query_len = 1 + limits.max_drafts if drafted else 1
+                batch = self._inputs.batch(size, query_len, limits.max_context_len)
+                self._graphs[drafted, size] = capture(partial(compute, batch))
                 advance(1)
 
     def takes(self, step: PackedStep) -> bool:
         """Whether a step can be replayed."""
-        return step.is_decode and len(step.token_ids) <= self.sizes[-1]
+        if not step.is_decode or step.max_query_len > 1 + self._limits.max_drafts:
+            return False
+        return len(step.token_ids) <= self._sizes(step)[-1]
 
-    def run(self, step: PackedStep, token_ids: Tensor | None = None) -> tuple[Batch, Tensor]:
-        """Compute a decode step -> its batch and hidden states, without the padding; the next step overwrites both.
+    def run(self, step: PackedStep, token_ids: Tensor | None = None) -> Tensor:
+        """Compute a decode step -> its hidden states, without the padding; the next step overwrites them.
 
         `token_ids` [rows], on the device, stand for those of the step, if given.
         """
-        rows = len(step.token_ids)
-        size = self.sizes[bisect.bisect_left(self.sizes, rows)]
-        self._inputs.receive(self._padded(step, size))
-        batch = self._inputs.batch(rows, step.max_context_len)
+        rows, sizes = len(step.token_ids), self._sizes(step)
+        size = sizes[bisect.bisect_left(sizes, rows)]
+        copied = int(step.positions.argmin())
+        self._inputs.receive(_padded(step, size, copied, self._limits))
         if token_ids is not None:
-            batch.token_ids.copy_(token_ids)
-        return batch, self._graphs[size]()[:rows]
+            self._inputs.replace_tokens(token_ids, size, copied)
+        return self._graphs[step.max_query_len > 1, size]()[:rows]
 
-    def _padded(self, step: PackedStep | None, size: int) -> _Padded:
-        rows, width = (0, 1) if step is None else step.block_tables.shape
-        heads = np.zeros((4, size), np.int64)  # token_ids, positions, slots, context_lens
-        heads[2:, rows:] = [[self._spare_block * self._block_size], [1]]
-        tables = np.full((size, width), self._spare_block, np.int64)
-        if step is not None:
-            heads[:, :rows] = step.token_ids, step.positions, step.slots, step.context_lens
-            tables[:rows] = step.block_tables
-        return _Padded(heads, tables)
+    def _sizes(self, step: PackedStep) -> list[int]:
+        return self.drafted_sizes if step.max_query_len > 1 else self.sizes
+
+
+def _padded(step: PackedStep, size: int, copied: int, limits: GraphLimits) -> _Padded:
+    """A step with padding up to `size` rows, each a sequence of its own, that repeats the row `copied`."""
+    rows, sequences = len(step.token_ids), len(step.context_lens)
+    padding = slice(sequences, sequences + size - rows)
+    heads = np.zeros((5, size + 1), np.int64)
+    heads[:3, :rows] = step.token_ids, step.positions, step.slots
+    heads[:2, rows:size] = heads[:2, copied, None]
+    heads[2, rows:size] = limits.spare_block * limits.block_size
+    heads[3, :sequences] = step.context_lens
+    heads[3, padding] = step.positions[copied] + 1
+    heads[4] = size
+    heads[4, :sequences] = step.query_starts[:-1]
+    heads[4, padding] = np.arange(rows, size)
+    owner = int(np.searchsorted(step.query_starts, copied, side="right")) - 1
+    tables = np.full((size, step.block_tables.shape[1]), limits.spare_block, np.int64)
+    tables[:sequences] = step.block_tables
+    tables[padding] = step.block_tables[owner]
+    return _Padded(heads, tables)
+
+
+def _nobodys(limits: GraphLimits) -> _Padded:
+    """As many rows as there can be, of token 0 at position 0 of the spare block."""
+    heads = np.zeros((5, limits.max_rows + 1), np.int64)
+    heads[2:4] = [[limits.spare_block * limits.block_size], [1]]
+    heads[4] = np.arange(limits.max_rows + 1)
+    return _Padded(heads, np.full((limits.max_rows, 1), limits.spare_block, np.int64))
 
 
 @dataclass(frozen=True)
 class _Padded:
-    """What changes from step to step: `heads` [4, size] and `tables` [size, blocks of the longest context]."""
+    """What changes from step to step, with padding.
+
+    `heads` [5, size + 1] are token ids, positions and slots of rows, lengths of contexts and first rows of sequences;
+    `tables` [size, blocks of the longest]. Only first rows have a last column.
+    """
 
     heads: np.ndarray
     tables: np.ndarray
@@ -153,10 +212,10 @@ class _StaticInputs:
     """
 
     def __init__(self, max_rows: int, width: int, device: torch.device) -> None:
-        capacity, pinned = (4 + width) * max_rows, device.type == "cuda"
-        self._heads = torch.zeros(4, max_rows, dtype=torch.int64, device=device)
+        capacity, pinned = 5 * (max_rows + 1) + width * max_rows, device.type == "cuda"
+        self._heads = torch.zeros(5, max_rows + 1, dtype=torch.int64, device=device)
         self._tables = torch.zeros(max_rows, width, dtype=torch.int64, device=device)
-        self._counts = torch.arange(max_rows + 1, device=device)
+        self._counts = torch.arange(max_rows, device=device)
         self._arrived = torch.zeros(capacity, dtype=torch.int64, device=device)
         self._staging = [torch.zeros(capacity, dtype=torch.int64, pin_memory=pinned) for _ in range(2)]
         self._copied: list[torch.cuda.Event | None] = [None, None]
@@ -179,20 +238,27 @@ class _StaticInputs:
             self._copied[self._turn] = event
         heads, tables = torch.split(arrived, [part.size for part in parts])
         size, width = padded.tables.shape
-        self._heads[:, :size].copy_(heads.view(4, size))
+        self._heads[:, : size + 1].copy_(heads.view(5, size + 1))
         self._tables[:size, :width].copy_(tables.view(size, width))
 
-    def batch(self, rows: int, max_context_len: int) -> Batch:
-        """The first `rows` rows, each of them one sequence."""
-        token_ids, positions, slots, context_lens = self._heads[:, :rows]
+    def replace_tokens(self, token_ids: Tensor, size: int, copied: int) -> None:
+        """Take the step's tokens from the device, and those of its padding up to `size` from its row `copied`."""
+        rows = len(token_ids)
+        self._heads[0, :rows].copy_(token_ids)
+        if rows < size:
+            self._heads[0, rows:size].copy_(token_ids[copied])
+
+    def batch(self, rows: int, max_query_len: int, max_context_len: int) -> Batch:
+        """The first `rows` rows, of up to as many sequences."""
+        token_ids, positions, slots, context_lens = self._heads[:4, :rows]
         return Batch(
             token_ids=token_ids,
             positions=positions,
             slots=slots,
-            query_starts=self._counts[: rows + 1],
+            query_starts=self._heads[4, : rows + 1],
             context_lens=context_lens,
             block_tables=self._tables[:rows],
             logit_rows=self._counts[:rows],
-            max_query_len=1,
+            max_query_len=max_query_len,
             max_context_len=max_context_len,
         )

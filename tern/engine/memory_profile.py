@@ -30,6 +30,7 @@ def memory_for_cache(
     kv_dtype: torch.dtype,
     max_model_len: int,
     predicted_drafts: int,
+    max_drafts: int = 0,
     attention: ops.AttentionLibrary | None = None,
 ) -> int | GpuMemory:
     """What `resolve_num_blocks` reads: the free bytes of the processor, or the memory of the model's GPU.
@@ -41,7 +42,7 @@ def memory_for_cache(
         free = free_memory(model.device)
         return free - free // layers if layers else free
     with current(model.device):
-        step = _step_bytes(model, options, kv_dtype, max_model_len, predicted_drafts, attention)
+        step = _step_bytes(model, options, kv_dtype, max_model_len, predicted_drafts, max_drafts, attention)
         torch.cuda.empty_cache()
         facts = GpuFacts.of(model.device)
         others = facts.total - facts.free - torch.cuda.memory_reserved(model.device) - CONTEXT_BYTES
@@ -57,6 +58,7 @@ def _step_bytes(
     kv_dtype: torch.dtype,
     max_model_len: int,
     predicted_drafts: int,
+    max_drafts: int,
     attention: ops.AttentionLibrary | None,
 ) -> int:
     """Bytes that steps take beside weights and cache, at their peak.
@@ -74,6 +76,7 @@ def _step_bytes(
         kv_dtype=kv_dtype,
         max_num_seqs=options.max_num_seqs,
         max_model_len=max_model_len,
+        max_drafts=max_drafts,
         predicted_drafts=predicted_drafts,
         capture=_run_once,
         attention=attention,

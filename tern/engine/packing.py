@@ -33,8 +33,8 @@ class PackedStep:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every sequence has one token, which is followed by a sampled one."""
-        return self.max_query_len == 1 and len(self.logit_rows) == len(self.token_ids)
+        """Whether behind every token one is sampled: decodes, with drafts or without."""
+        return len(self.logit_rows) == len(self.token_ids)
 
     def on(self, device: torch.device, attention: ops.AttentionLibrary | None = None) -> Batch:
         """The step on a device, its chunks for `attention`. All of it goes there in one buffer, by a single copy."""

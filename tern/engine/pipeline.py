@@ -11,6 +11,9 @@ else could come next (`Scheduler.follow`), no drafts pay, and nobody must read a
 step n then turns out to mean is obeyed when step n+1 is read: of a sequence that ended, nothing of it counts; where a
 sink forced other tokens, what was sampled after the one before them is dropped, and what was computed is right.
 
+A step that carries drafts is read first: where the next one's rows stand and what they carry follows from which drafts
+were right, and new drafts from the text behind those.
+
 A block of a sequence that has ended may be given away while step n+1 writes into it. That is sound: whoever gets it
 writes in a later step, and the device runs steps in order; and no cached block is written, since only computed
 positions are ever found again.

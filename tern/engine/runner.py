@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from tern import ops
 from tern.engine.device import current
-from tern.engine.graphs import Capture, DecodeGraphs
+from tern.engine.graphs import Capture, GraphLimits, StepGraphs
 from tern.engine.packing import PackedStep, pack
 from tern.engine.predictor import Followed, Predictor
 from tern.engine.request import GeneratedToken, ScoredToken
@@ -25,7 +26,7 @@ from tern.engine.sampler import Choice, Sampler, score
 from tern.engine.sampling_state import SamplingRow
 from tern.engine.scheduler import Chunk
 from tern.engine.sequence import Continuation, Sequence
-from tern.model.batch import Batch, KVCache
+from tern.model.batch import KVCache
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
@@ -71,13 +72,13 @@ class StepResult:
 class BegunStep:
     """A step whose work is enqueued on the device, or done where nothing is enqueued.
 
-    `logits` are those of the rows that sample, None if none does. On a device that replays graphs the next step
-    overwrites `batch` and `hidden`. `choice` has the tokens where the step after this one was begun already. `started`:
-    when it was begun, a time of `time.perf_counter()`.
+    `logits` are those of the rows that sample, None if none does. On a device that replays graphs the predictor and
+    the next step overwrite `hidden`. `choice` has the tokens where the step after this one was begun already.
+    `started`: when it was begun, a time of `time.perf_counter()`.
     """
 
     chunks: Ordered[Chunk]
-    batch: Batch
+    step: PackedStep
     hidden: Tensor
     logits: Tensor | None
     started: float
@@ -89,8 +90,9 @@ class Runner:
 
     A step is computed by `run`, or by `begin` and `finish` with the beginning of the next one between them. With
     `capture`, and at most `max_num_seqs` sequences of `max_model_len` tokens a step, decodes are computed by what it
-    captures (`tern.engine.graphs`). With `attention`, that attends the chunks of prompts. With `predicted_drafts`,
-    sequences that are followed get drafts from the model's predictor for the next step.
+    captures (`tern.engine.graphs`), those that verify up to `max_drafts` drafts a sequence too. With `attention`, that
+    attends the chunks of prompts. With `predicted_drafts`, sequences that are followed get drafts from the model's
+    predictor for the next step.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Runner:
         kv_dtype: torch.dtype,
         max_num_seqs: int,
         max_model_len: int,
+        max_drafts: int = 0,
         predicted_drafts: int = 0,
         capture: Capture | None = None,
         attention: ops.AttentionLibrary | None = None,
@@ -109,34 +112,37 @@ class Runner:
     ) -> None:
         self.model = model
         self.attention = attention
-        spare = num_blocks  # for the padding of graphs
+        blocks = num_blocks + (capture is not None)  # the last for the padding of graphs
         self.kv = KVCache.allocate(
-            model.config,
-            num_blocks=num_blocks + (capture is not None),
-            block_size=block_size,
-            dtype=kv_dtype,
-            device=model.device,
+            model.config, num_blocks=blocks, block_size=block_size, dtype=kv_dtype, device=model.device
         )
-        self.graphs: DecodeGraphs | None = None
-        if capture is not None:
-            sizes = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len, "spare_block": spare}
-            try:
-                self.graphs = DecodeGraphs(model, self.kv, **sizes, capture=capture, progress=progress)
-            except RuntimeError:
-                logger.exception(
-                    "Decode steps cannot be captured as CUDA graphs, so they run without: slower, not wrong"
-                )
         self.sampler = Sampler()
         self.predictor: Predictor | None = None
         if predicted_drafts:
             self.predictor = Predictor(
                 model,
-                num_blocks=num_blocks,
+                num_blocks=blocks,
                 block_size=block_size,
                 kv_dtype=kv_dtype,
                 max_num_seqs=max_num_seqs,
                 num_drafts=predicted_drafts,
+                attention=attention,
             )
+        self.graphs: StepGraphs | None = None
+        if capture is not None:
+            limits = GraphLimits(max_num_seqs, max_drafts, max_model_len, block_size, spare_block=num_blocks)
+            self._capture(capture, limits, progress)
+
+    def _capture(self, capture: Capture, limits: GraphLimits, progress: bool) -> None:
+        """Capture the decoder's steps and the predictor's; what cannot be captured runs without."""
+        device, titles = self.model.device, ("CUDA graphs", "The predictor's graphs") if progress else (None, None)
+        try:
+            compute = partial(self.model.hidden, kv=self.kv)
+            self.graphs = StepGraphs(compute, device, limits, capture=capture, title=titles[0])
+            if self.predictor is not None:
+                self.predictor.capture(limits, capture, titles[1])
+        except RuntimeError:
+            logger.exception("Decode steps cannot be captured as CUDA graphs, so they run without: slower, not wrong")
 
     @property
     def grammar_seconds(self) -> float:
@@ -164,8 +170,8 @@ class Runner:
                 after.choice = after.choice or self.sampler.begin(after.logits, _rows(after.chunks))
                 token_ids = _tokens_for(chunks, after.chunks, after.choice.tokens)
             step = pack(chunks, self.kv.block_size, ahead=0 if after is None else 1)
-            batch, hidden, logits = self._compute(step, token_ids)
-        return BegunStep(chunks, batch, hidden, logits, started)
+            hidden, logits = self._compute(step, token_ids)
+        return BegunStep(chunks, step, hidden, logits, started)
 
     @torch.inference_mode()
     def finish(self, begun: BegunStep, follows: Callable[[Sequence], bool] = lambda _: False) -> StepResult:
@@ -177,21 +183,21 @@ class Runner:
             computed = time.perf_counter()
             if self.predictor is None or not any(follows(chunk.sequence) for chunk in chunks):
                 return StepResult(sampled, scores, computed - begun.started)
-            sampled = self._predict(self.predictor, begun.hidden, begun.batch, chunks, sampled, follows)
+            sampled = self._predict(self.predictor, begun, sampled, follows)
         return StepResult(sampled, scores, computed - begun.started, time.perf_counter() - computed)
 
-    def _compute(self, step: PackedStep, token_ids: Tensor | None) -> tuple[Batch, Tensor, Tensor | None]:
-        """The step on the device, its hidden states, and the logits of the rows that sample."""
+    def _compute(self, step: PackedStep, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The step on the device -> its hidden states, and the logits of the rows that sample."""
         if self.graphs is not None and self.graphs.takes(step):
-            batch, hidden = self.graphs.run(step, token_ids)
-            return batch, hidden, self.model.logits(hidden)
+            hidden = self.graphs.run(step, token_ids)
+            return hidden, self.model.logits(hidden)
         batch = step.on(self.model.device, self.attention)
         if token_ids is not None:
             batch.token_ids.copy_(token_ids)
         hidden = self.model.hidden(batch, self.kv)
         if not len(step.logit_rows):
-            return batch, hidden, None
-        return batch, hidden, self.model.logits(hidden.index_select(0, batch.logit_rows))
+            return hidden, None
+        return hidden, self.model.logits(hidden.index_select(0, batch.logit_rows))
 
     def _sample(self, begun: BegunStep) -> list[Sampled]:
         """Draw the next token of every sequence that samples, and the one after each of its drafts."""
@@ -228,20 +234,19 @@ class Runner:
     def _predict(
         self,
         predictor: Predictor,
-        hidden: Tensor,
-        batch: Batch,
-        chunks: Ordered[Chunk],
+        begun: BegunStep,
         sampled: Ordered[Sampled],
         follows: Callable[[Sequence], bool],
     ) -> list[Sampled]:
         """The same entries with the predictor's drafts."""
+        chunks = begun.chunks
         places = [place for place, chunk in enumerate(chunks) if chunk.samples]
         followed: dict[int, Followed] = {}
         for entry, (place, result) in enumerate(zip(places, sampled, strict=True)):
             token_ids = tuple(token.token_id for token in result.tokens if not isinstance(token, str))
             if len(token_ids) == len(result.tokens) and follows(chunks[place].sequence):
                 followed[entry] = Followed(place, chunks[place].sequence, token_ids)
-        drafts = predictor.draft(batch, hidden, chunks, list(followed.values()))
+        drafts = predictor.draft(begun.step, begun.hidden, chunks, list(followed.values()))
         by_entry = dict(zip(followed, drafts, strict=True))
         return [replace(result, predicted=by_entry.get(entry, ())) for entry, result in enumerate(sampled)]
 

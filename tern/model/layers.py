@@ -128,9 +128,7 @@ class Attention:
 
     def __call__(self, x: ops.Rows, step: Step, key_cache: Tensor, value_cache: Tensor) -> Tensor:
         tables = (step.cosines, step.signed_sines)
-        queries = ops.rotate_and_store(self.qkv(x), *tables, step.slots, key_cache, value_cache)
-        attended = ops.paged_attention(queries, key_cache, value_cache, step.plan)
-        return self.o(attended.flatten(1))
+        return self.o(ops.attend(self.qkv(x), *tables, step.slots, key_cache, value_cache, step.plan, self.o.form))
 
 
 class DecoderLayer:

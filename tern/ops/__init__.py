@@ -76,6 +76,7 @@ __all__ = [
     "SwiGLUWeights",
     "Weight",
     "add_rms_norm",
+    "attend",
     "cached_head_dim",
     "check_attention_backend",
     "choose_attention",
@@ -298,6 +299,29 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
     from tern.ops import cuda
 
     return cuda.paged_attention(queries, key_cache, value_cache, plan)
+
+
+def attend(
+    qkv: Tensor,
+    cosines: Tensor,
+    signed_sines: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: AttentionPlan,
+    form: RowForm = "plain",
+) -> Rows:
+    """`rotate_and_store`, and `paged_attention` of the queries -> [T, N * D].
+
+    The rows come in `form` on a GPU, and as a tensor elsewhere. A GPU does it all in one launch while every sequence
+    has few queries. There, rows of no sequence are neither stored nor written.
+    """
+    if not isinstance(plan, cpu.SequencesPlan | reference_attention.AttentionPlan):
+        from tern.ops import cuda
+
+        return cuda.attend(qkv, cosines, signed_sines, slots, key_cache, value_cache, plan, form)
+    queries = rotate_and_store(qkv, cosines, signed_sines, slots, key_cache, value_cache)
+    return paged_attention(queries, key_cache, value_cache, plan).flatten(1)
 
 
 def largest(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ class HashModel:
         self.config: Any = SimpleNamespace(
             vocab_size=vocab_size,
             max_position_embeddings=length,
+            hidden_size=1,
             num_hidden_layers=1,
             num_attention_heads=1,
             num_key_value_heads=1,
@@ -72,7 +73,7 @@ class HashModel:
             read = tokens.long().tolist()
             for end in range(context_len - count + 1, context_len + 1):
                 rows.append(-1 if self.spoil_token in read[:end] else hash_context(read[:end]))
-        return torch.tensor(rows, dtype=torch.float64)[:, None]
+        return torch.tensor(rows, dtype=self.dtype)[:, None]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         keys = hidden[:, 0].long()
@@ -100,13 +101,15 @@ class HashPredictor:
         rows = []
         starts = batch.query_starts.tolist()
         for index, context_len in enumerate(batch.context_lens.tolist()):
+            if not context_len:  # a graph has room for more sequences
+                continue
             slots = (batch.block_tables[index][:, None] * size + torch.arange(size)).view(-1)[:context_len]
             assert kv.values.view(-1)[slots].tolist() == list(range(context_len)), "a position was not shown"
             first = int(self.model.kv.keys.view(-1)[slots[0]])
             read = [first, *kv.keys.view(-1)[slots].long().tolist()]
             count = starts[index + 1] - starts[index]
             rows += [hash_context(read[: end + 2]) for end in range(context_len - count, context_len)]
-        return torch.tensor(rows, dtype=torch.float64)[:, None]
+        return torch.tensor(rows, dtype=self.model.dtype)[:, None]
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from engine_fakes import EOS, LENGTH, VOCAB, HashModel, Recorder, add, hash_context, make_engine, make_request, run
 
 from tern.engine import CONTINUE, Engine, FinishReason, GeneratedToken, Steering
-from tern.engine.engine import SINK_FAILED
+from tern.engine.delivery import SINK_FAILED
 from tern.engine.sampler import NOT_FINITE
 from tern.engine.step_failures import OUT_OF_MEMORY, STEP_FAILED
 from tern.errors import ContextLengthError, InvalidRequestError, QueueFullError

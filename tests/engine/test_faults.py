@@ -38,7 +38,7 @@ KEEPING_BOOKS: dict[str, Breaks] = {
     "offer": lambda service, patch, fail: patch.setattr(service.engine.pool.store, "offer", fail),
     "commit": lambda service, patch, fail: patch.setattr(service.engine.scheduler, "commit", fail),
     "learn": lambda service, patch, fail: patch.setattr(service.engine.drafter, "learn", fail),
-    "deliver": lambda service, patch, fail: patch.setattr(service.engine, "_deliver", fail),
+    "deliver": lambda service, patch, fail: patch.setattr(service.engine.delivery, "deliver", fail),
     "remove": lambda service, patch, fail: patch.setattr(service.engine.scheduler, "remove", fail),
     "release": lambda service, patch, fail: patch.setattr(service.engine.pool, "release", fail),
     "enqueue": lambda service, patch, fail: patch.setattr(service.engine.scheduler, "add", fail),

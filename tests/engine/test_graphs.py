@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,16 +15,17 @@ from test_engine_model import ANSWER, PROMPTS, SMALL, build, network, plain_answ
 
 from tern.engine import Engine
 from tern.engine import engine as engine_module
-from tern.engine.graphs import Compute, DecodeGraphs, capture_for, graph_sizes
+from tern.engine.graphs import Compute, GraphLimits, StepGraphs, capture_for, drafted_sizes, graph_sizes
 from tern.engine.packing import PackedStep, pack
 from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk
-from tern.engine.sequence import Sequence
+from tern.engine.sequence import Sequence as EngineSequence
 from tern.model import ErnieModel, KVCache
 
 BLOCK = 4
 ROWS = 11  # no power of two, and no multiple of 8
 BLOCKS = 40
+DRAFTS = 4
 LENGTH = int(SMALL["max_position_embeddings"])  # type: ignore[call-overload]
 
 
@@ -34,6 +37,14 @@ def test_sizes_are_those_of_the_field_up_to_the_largest_step() -> None:
     assert graph_sizes(256)[-3:] == [240, 248, 256]
 
 
+def test_steps_with_drafts_have_sizes_of_their_own() -> None:
+    assert drafted_sizes(256, 0) == []
+    assert drafted_sizes(256, 8) == [2, 4, 8, 16, 32, 64]
+    assert drafted_sizes(1, 1) == [2]
+    assert drafted_sizes(1, 8) == [2, 4, 8, 9]
+    assert drafted_sizes(4, 3) == [2, 4, 8, 16]
+
+
 def cache(model: ErnieModel) -> KVCache:
     """A cache of random content, and one block more for padding, which holds NaN."""
     kv = KVCache.allocate(model.config, num_blocks=BLOCKS + 1, block_size=BLOCK, dtype=model.dtype, device=model.device)
@@ -43,19 +54,25 @@ def cache(model: ErnieModel) -> KVCache:
     return kv
 
 
-def decode(rows: int, shift: int = 0) -> PackedStep:
-    """A decode of so many sequences, of 1 to 12 tokens each, in blocks of their own."""
+def captured(model: ErnieModel, kv: KVCache, sequences: int = ROWS, *, by: StandInGraphs | None = None) -> StepGraphs:
+    limits = GraphLimits(sequences, DRAFTS, LENGTH, BLOCK, spare_block=BLOCKS)
+    return StepGraphs(partial(model.hidden, kv=kv), model.device, limits, capture=by or StandInGraphs())
+
+
+def decode(sequences: int, shift: int = 0, drafts: Sequence[int] = (0,)) -> PackedStep:
+    """A decode of so many sequences, of 1 to 12 tokens each, in blocks of their own; they have `drafts` in turn."""
     chunks = []
-    for row in range(rows):
+    for row in range(sequences):
         length = 1 + (row * 5 + shift) % 12
         request = make_request(str(row), [(row * 7 + place + shift) % 300 + 3 for place in range(length)])
-        sequence = Sequence(
+        sequence = EngineSequence(
             request, max_length=LENGTH, stop_ids=frozenset(), sampling=SamplingState(request, frozenset())
         )
         sequence.num_computed_tokens = length - 1
+        guesses = tuple((row * 11 + place) % 300 for place in range(drafts[row % len(drafts)]))
         first = (row + shift) % ROWS * 3
-        sequence.block_table = array("q", range(first, first + -(-length // BLOCK)))
-        chunks.append(Chunk(sequence, 1, samples=True))
+        sequence.block_table = array("q", range(first, first + -(-(length + len(guesses)) // BLOCK)))
+        chunks.append(Chunk(sequence, 1, samples=True, drafts=guesses))
     return pack(chunks, BLOCK)
 
 
@@ -63,54 +80,65 @@ def unpadded(model: ErnieModel, kv: KVCache, step: PackedStep) -> torch.Tensor:
     return model.hidden(step.on(model.device), kv)
 
 
+@pytest.mark.parametrize("drafts", [[0], [2], [0, 3, 1], [4, 0]], ids=str)
 @pytest.mark.parametrize("architecture", ["dense", "moe bf16", "moe wint4"])
-def test_padded_steps_give_what_unpadded_ones_give(architecture: str) -> None:
+def test_padded_steps_give_what_unpadded_ones_give(architecture: str, drafts: list[int]) -> None:
     model = network(architecture)
     plain, padded = cache(model), cache(model)
-    graphs = DecodeGraphs(
-        model, padded, max_num_seqs=ROWS, max_model_len=LENGTH, spare_block=BLOCKS, capture=StandInGraphs()
-    )
-    for rows in [*range(1, ROWS + 1), 1, ROWS, 2]:
-        step = decode(rows, shift=rows)
+    graphs = captured(model, padded)
+    for sequences in [*range(1, ROWS + 1), 1, ROWS, 2]:
+        step = decode(sequences, sequences, drafts)
         assert graphs.takes(step)
-        batch, hidden = graphs.run(step)
+        hidden = graphs.run(step)
         wanted = unpadded(model, plain, step)
         assert wanted.isfinite().all()
         assert torch.equal(hidden, wanted)
         assert torch.equal(model.logits(hidden), model.logits(wanted))
-        assert batch.token_ids.tolist() == step.token_ids.tolist()
-        assert batch.context_lens.tolist() == step.context_lens.tolist()
         for part, whole in ((padded.keys, plain.keys), (padded.values, plain.values)):
             assert torch.equal(part[:, :, :BLOCKS], whole[:, :, :BLOCKS]), "padding wrote where others' keys are"
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_padding_is_the_row_of_the_shortest_context_and_so_wants_no_other_expert(ahead: bool) -> None:
+    model, graphs = network("moe bf16"), StandInGraphs()
+    captured_steps = captured(model, cache(model), by=graphs)
+    step = decode(5, shift=8) if ahead else decode(3, shift=8, drafts=[1, 0, 1])
+    tokens = torch.from_numpy(step.token_ids.copy())
+    if ahead:
+        step.token_ids[:] = 0
+    captured_steps.run(step, tokens if ahead else None)
+    output = next(output for output in graphs.outputs if len(output) == 8 and output.isfinite().all())
+    shortest = int(step.positions.argmin())
+    assert shortest > 0
+    assert torch.equal(output[5:], output[shortest].expand(3, -1))
+
+
 def test_tokens_may_come_from_the_device() -> None:
-    model, kv = network("dense"), cache(network("dense"))
-    graphs = DecodeGraphs(
-        model, kv, max_num_seqs=ROWS, max_model_len=LENGTH, spare_block=BLOCKS, capture=StandInGraphs()
-    )
+    model = network("dense")
+    graphs = captured(model, cache(model))
     step = decode(5)
-    wanted = graphs.run(step)[1].clone()
+    wanted = graphs.run(step).clone()
     tokens = torch.from_numpy(step.token_ids.copy())
     step.token_ids[:] = 0
-    assert torch.equal(graphs.run(step, tokens)[1], wanted)
-    assert not torch.equal(graphs.run(step)[1], wanted)
+    assert torch.equal(graphs.run(step, tokens), wanted)
+    assert not torch.equal(graphs.run(step), wanted)
 
 
-def test_only_decodes_of_few_enough_are_taken() -> None:
+def test_only_decodes_of_few_enough_rows_are_taken() -> None:
     model = network("dense")
-    graphs = DecodeGraphs(
-        model, cache(model), max_num_seqs=4, max_model_len=LENGTH, spare_block=BLOCKS, capture=StandInGraphs()
-    )
+    graphs = captured(model, cache(model), sequences=4)
     assert graphs.takes(decode(4))
     assert not graphs.takes(decode(5))
+    assert graphs.takes(decode(4, drafts=[DRAFTS]))
+    assert not graphs.takes(decode(1, drafts=[DRAFTS + 1]))
+    assert not graphs.takes(decode(5, drafts=[DRAFTS]))
     request = make_request("a", [5, 6, 7])
-    sequence = Sequence(request, max_length=LENGTH, stop_ids=frozenset(), sampling=SamplingState(request, frozenset()))
+    sequence = EngineSequence(
+        request, max_length=LENGTH, stop_ids=frozenset(), sampling=SamplingState(request, frozenset())
+    )
     sequence.block_table = array("q", [0, 1])
     assert not graphs.takes(pack([Chunk(sequence, 3, samples=True)], BLOCK))
     assert not graphs.takes(pack([Chunk(sequence, 1, samples=False)], BLOCK))
-    sequence.num_computed_tokens = 2
-    assert not graphs.takes(pack([Chunk(sequence, 1, samples=True, drafts=(4,))], BLOCK))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +160,21 @@ def test_answers_are_the_networks_own(
     assert graphs.replays > 0
     if not speculation:
         assert (engine.pipeline.steps_ahead > 0) == ("async_scheduling" in options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ({"speculation": "off"}, []),
+        ({"speculation": "ngram"}, [2, 4, 8, 9]),
+        ({"speculation": "ngram", "num_speculative_tokens": 2}, [2, 3]),
+    ],
+    ids=str,
+)
+def test_graphs_for_drafts_are_captured_where_there_may_be_some(options: dict[str, Any], sizes: list[int]) -> None:
+    graphs = make_engine(graphs=StandInGraphs(), max_num_seqs=1, **options).runner.graphs
+    assert graphs is not None
+    assert (graphs.sizes, graphs.drafted_sizes) == ([1], sizes)
 
 
 def test_the_spare_block_is_nobodys() -> None:
@@ -165,8 +208,9 @@ def test_the_processor_captures_nothing() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("speculation", ["off", "ngram"])
 @pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "ahead"])
-def test_a_gpu_answers_the_same_with_and_without(eager: bool, ahead: bool) -> None:
+def test_a_gpu_answers_the_same_with_and_without(eager: bool, ahead: bool, speculation: str) -> None:
     from tern.checkpoint import resolve_model
     from tern.engine import EngineOptions
 
@@ -179,4 +223,4 @@ def test_a_gpu_answers_the_same_with_and_without(eager: bool, ahead: bool) -> No
         return [sink.ids for sink in sinks]
 
     wanted = answers(enforce_eager=True, async_scheduling=False, speculation="off")
-    assert answers(enforce_eager=eager, async_scheduling=ahead, speculation="off") == wanted
+    assert answers(enforce_eager=eager, async_scheduling=ahead, speculation=speculation) == wanted

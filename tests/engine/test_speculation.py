@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_fakes import EOS, FixedTimes, HashModel, HashPredictor, Recorder, add, make_engine, run
+from engine_fakes import EOS, FixedTimes, HashModel, HashPredictor, Recorder, StandInGraphs, add, make_engine, run
 
 from tern.engine import Engine, FinishReason, Steering
 from tern.engine.sampler import NOT_FINITE
@@ -142,8 +142,13 @@ def test_a_predictor_that_knows_saves_steps(fields: dict[str, Any], drafts: int)
 )
 @pytest.mark.parametrize("fields", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("drafts", [1, 6])
-def test_the_predictor_is_shown_every_position(options: dict[str, Any], fields: dict[str, Any], drafts: int) -> None:
-    engine = predicting(drafts, **options)  # its fake fails where it misses one
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_the_predictor_is_shown_every_position(
+    options: dict[str, Any], fields: dict[str, Any], drafts: int, graphs: bool
+) -> None:
+    engine = predicting(
+        drafts, graphs=StandInGraphs() if graphs else None, **options
+    )  # its fake fails where it misses one
     plain = answers(make_engine(), "plain", **fields)
     assert answers(engine, "cold", **fields) == plain
     assert answers(engine, "warm", **fields) == plain

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
-from engine_fakes import FixedTimes, add, make_engine, run
+from engine_fakes import FixedTimes, StandInGraphs, add, make_engine, run
 from test_engine_model import ANSWER, EXPERTS, LENGTH, PROMPTS, SMALL, VOCAB, build, network
 
 from tern.engine import Engine, drafts
+from tern.engine import engine as engine_module
 from tern.errors import OptionError
 from tern.model import ErnieConfig, ErnieModel, parameter_shapes
 
@@ -37,7 +40,8 @@ class HalfKnown:
         drafted = []
         for sequence in sequences:
             done = sequence.num_generated_tokens
-            answer = plain_answers(self.architecture)[int(sequence.request_id.split()[-1])][done:][:6]
+            number = int(sequence.request_id.split()[-1])
+            answer = plain_answers(self.architecture)[number][done:][: 6 - number % 2]
             told = [token if (done + place) % 4 else (token + 1) % VOCAB for place, token in enumerate(answer)]
             drafted.append(tuple(told[: max(0, min(room, sequence.num_draftable_tokens))]))
             room -= len(drafted[-1])
@@ -49,6 +53,12 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are carried however unlikely they are."""
     monkeypatch.setattr(drafts, "LEAST_CHANCE", 0.0)
     monkeypatch.setattr(drafts, "StepTimes", FixedTimes)
+
+
+def build_with_graphs(architecture: str, **options: Any) -> tuple[Engine, StandInGraphs]:
+    graphs = StandInGraphs()
+    with patch.object(engine_module, "capture_for", lambda *_, **__: graphs):
+        return build(architecture, **options), graphs
 
 
 def answers(engine: Engine, name: str, **fields: Any) -> list[list[int]]:
@@ -85,6 +95,65 @@ def test_good_drafts_change_nothing_but_the_number_of_steps(architecture: str, s
     assert answers(engine, "drafted") == plain_answers(architecture) == answers(plain, "plain")
     assert engine.stats().accepted_tokens > ANSWER // 2  # steps that read a prompt beside carry none
     assert engine.stats().steps < 0.8 * plain.stats().steps
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("architecture", ["moe mtp", "moe mtp wint4 bf16"])
+def test_drafts_are_verified_by_graphs_alike(architecture: str, schedule: str) -> None:
+    engine, graphs = build_with_graphs(architecture, speculation="ngram", **SCHEDULES[schedule])
+    engine.scheduler.drafter = HalfKnown(architecture)
+    verified = []
+    take = engine.runner.graphs.run  # type: ignore[union-attr]
+    engine.runner.graphs.run = lambda step, tokens=None: verified.append(step) or take(step, tokens)  # type: ignore
+    assert answers(engine, "drafted") == plain_answers(architecture)
+    assert engine.stats().accepted_tokens > ANSWER // 2
+    assert graphs.replays == len(verified)
+    assert any(step.max_query_len > 1 for step in verified)
+    if schedule != "one by one":
+        assert any(len(set(np.diff(step.query_starts))) > 1 for step in verified), "drafts of different lengths"
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["one by one", "ahead"])
+def test_sequences_join_and_leave_steps_that_graphs_verify(ahead: bool) -> None:
+    wanted = plain_answers("moe mtp")
+    engine, graphs = build_with_graphs("moe mtp", speculation="ngram", max_num_seqs=3, async_scheduling=ahead)
+    engine.scheduler.drafter = HalfKnown("moe mtp")
+    sinks = []
+    for number, prompt in enumerate(PROMPTS):
+        sinks.append(add(engine, str(number), prompt, max_tokens=ANSWER - number, ignore_eos=True))
+        gone = add(engine, f"gone {number}", prompt, max_tokens=ANSWER, ignore_eos=True)
+        for _ in range(3):
+            engine.step()
+        engine.cancel(f"gone {number}")
+        assert len(gone.finishes) == 1
+    run(engine)
+    assert [sink.ids for sink in sinks] == [answer[: ANSWER - number] for number, answer in enumerate(wanted)]
+    assert graphs.replays > 0
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("schedule", ["plenty", "odd blocks", "preempted"])
+@pytest.mark.parametrize("architecture", ["moe mtp", "moe mtp wint4 bf16"])
+def test_the_predictor_drafts_the_same_by_graphs(
+    architecture: str, schedule: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drafts, "_START_GAIN", 1e9)  # it would be paused when a clock says so
+    options = {"speculation": "mtp", "num_speculative_tokens": count, **SCHEDULES[schedule]}
+    options |= {"target_step_seconds": None}
+    plain = build(architecture, **options)
+    engine, graphs = build_with_graphs(architecture, **options)
+    for state in ("cold", "warm"):
+        assert answers(engine, state) == answers(plain, state) == plain_answers(architecture)
+    found, wanted = engine.stats(), plain.stats()
+    assert (found.drafted_tokens, found.accepted_tokens) == (wanted.drafted_tokens, wanted.accepted_tokens)
+    predictor, other = engine.runner.predictor, plain.runner.predictor
+    assert predictor is not None
+    assert predictor.graphs is not None
+    assert other is not None
+    assert graphs.replays > found.steps, "its own passes are replayed too"
+    owned = slice(0, engine.pool.num_blocks)
+    assert torch.equal(predictor.kv.keys[:, :, owned], other.kv.keys[:, :, owned])
 
 
 @pytest.mark.usefixtures("eager")

@@ -305,13 +305,13 @@ def test_priority_goes_before_arrival(real: RealServer) -> None:
     assert all(real.submitted.acquire(timeout=60) for _ in running)
     real.steps.wait_for(1)
     order: list[int] = []
-    finish = real.engine._finish
+    finish = real.engine.delivery.finish
 
     def note(sequence: Any, *reason: Any, **fields: Any) -> None:
         order.append(sequence.request.priority)
         finish(sequence, *reason, **fields)
 
-    real.engine._finish = note  # type: ignore[method-assign]
+    real.engine.delivery.finish = note  # type: ignore[method-assign]
     for priority in (7, 3, -5, 5):
         running.append(real.open_request(max_tokens=40, priority=priority))
         assert real.submitted.acquire(timeout=60)

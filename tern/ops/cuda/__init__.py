@@ -4,7 +4,7 @@ in which one kernel hands rows to the next: `tern.ops.delta.ExpertOutputs` and `
 Imported when a tensor lies on a GPU, or by a test: an installation for processors has no Triton and never looks for it.
 """
 
-from tern.ops.cuda.attention import GpuPlan, paged_attention
+from tern.ops.cuda.attention import GpuPlan, attend, paged_attention
 from tern.ops.cuda.drawing import draw
 from tern.ops.cuda.experts import mix_experts, mixture
 from tern.ops.cuda.matmul import linear, swiglu
@@ -17,6 +17,7 @@ from tern.ops.cuda.sampling import keep_allowed, largest
 __all__ = [
     "GpuPlan",
     "add_rms_norm",
+    "attend",
     "draw",
     "keep_allowed",
     "largest",

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tern.ops.cuda.launch import tl, triton
 
-MOST = 4096
-"""Counters that a launch may use."""
+MOST = 1 << 17
+"""Counters that a launch may use: half a megabyte of them."""
 
 
 @cache

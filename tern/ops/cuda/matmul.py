@@ -1,19 +1,16 @@
-"""Linear layers and SwiGLUs. Knows layers; the arithmetic is `products.multiply`, and torch's for a plain product."""
+"""Linear layers and SwiGLUs. Knows layers; the arithmetic is `products.multiply`, of plain weights too."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from tern.ops import reference
 from tern.ops.cuda.products import multiply
-from tern.ops.gpu_weights import GpuWeight, Rows, plain_rows
+from tern.ops.gpu_weights import GpuWeight, Rows
 from tern.ops.swiglu import SwiGLUWeights
 
 
 def linear(x: Rows, weight: GpuWeight, bias: Tensor | None = None) -> Tensor:
     """As `tern.ops.reference_gpu.linear`: `x` [T, in], `weight` [out, in], `bias` [out] -> [T, out]."""
-    if isinstance(weight, Tensor):
-        return reference.linear(plain_rows(x), weight, bias)
     return multiply(x, weight, bias)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tern.ops.cuda.launch import INTERPRETED, narrow, tl, triton
+from tern.ops.cuda.launch import EARLY, INTERPRETED, announce, narrow, tl, triton, wait
 from tern.ops.cuda.rounding import empty_fp8_rows, store_as_fp8
 from tern.ops.delta import Delta, ExpertOutputs
 from tern.ops.gpu_weights import BLOCK as GROUP
@@ -43,6 +43,7 @@ def add_rms_norm(
             BLOCK=block,
             GROUP=GROUP,
             num_warps=min(16, max(1, block // 256)),
+            **EARLY,
         )
     normed = plain if rounded is None else rounded
     assert normed is not None
@@ -95,12 +96,14 @@ def _add_rms_norm(
 
     If `PAIRS`, `delta` has so many rows a token, to be summed by their weights and with the `shared` row.
     """
+    announce()
     row = tl.program_id(0).to(tl.int64)
     start = row * width
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     dtype: tl.constexpr = residual.dtype.element_ty
     scaling = tl.load(weight + columns, mask=inside, other=0.0)
+    wait()
     if HAS_SHARED:
         beside = tl.load(shared + start + columns, mask=inside, other=0.0)
     if not HAS_DELTA:

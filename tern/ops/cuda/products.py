@@ -5,7 +5,7 @@ rows as its first side and tokens as its second, so that the tensor cores' instr
 128, a token's sums round alike among however many, and weights of few bits become floats in registers.
 
 K is added up in chunks, each from zero, and the chunks are added in order. With few rows a program computes one chunk
-and `_finish_rows` adds them; with many it computes them all. The sums are the same.
+and the last of a tile's programs adds them; with many it computes them all. The sums are the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tern.ops.cuda.arrival import MOST, counters, is_last
 from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.integers import integers, nibbles
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
@@ -22,7 +23,6 @@ from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
 from tern.ops.gpu_weights import BLOCK, Fp8Rows, Fp8Weight, GpuWeight, RowPackedWeight, Rows, plain_rows
 
 _GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
-_FINISH_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,13 @@ def multiply(
     `tiling` takes the place of what `choose` finds. The product `beside` is added up as the experts' are, in one chunk,
     so that its sums do not depend on the number of its rows.
 
-    Raises `ValueError` if rows and weight differ in depth.
+    Raises `ValueError` if rows and weight differ in depth, or plain ones in type.
     """
     weight_rows, depth = weight.shape[-2:]
     if x.shape[1] != depth:
         raise ValueError(f"rows of {x.shape[1]} numbers cannot meet a weight of {depth}: they must be as long")
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        raise ValueError(f"rows of {x.dtype} cannot meet a weight of {weight.dtype}: they must be of one type")
     columns = weight_rows // 2 if gated else weight_rows
     rows = x.shape[0] if routing is None else routing.order.shape[0]
     out = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
@@ -99,35 +101,35 @@ def multiply(
     sums, tile = tiling or choose(shape, rows if routing is None else -(-rows // routing.experts))
     tiles_n, tiles_t = -(-columns // tile.block_n), _tiles_of_rows(rows, routing, tile)
     apart = sums.splits > 1 and tiles_n * tiles_t < PROCESSORS
+    assert not apart or tiles_n * tiles_t <= MOST, "a tile whose chunks are apart has a counter"
     even = depth % sums.block_k == 0 and (beside is None or beside.weight.shape[-1] % sums.block_k == 0)
     stored = _stored(weight)
     scales, *strides = _scales(weight)
-    finish = {"KIND": kind, "GATED": gated, "HAS_BIAS": bias is not None, "INTERPRETED": INTERPRETED}
-    target = out
+    parts, arrived = out, out
     if apart:
-        target = torch.empty(sums.splits, rows, weight_rows, dtype=torch.float32, device=x.device)
+        parts = torch.empty(sums.splits, rows, weight_rows, dtype=torch.float32, device=x.device)
+        arrived = counters(x.device)
     order, starts = (values, values) if routing is None else (routing.order, routing.starts)
     added = scales if bias is None else bias
-    read, numbers = (
-        (target, values, x_scales, *stored, scales),
-        (rows, columns, depth, x_scales.stride(1), stored[0].shape[-1]),
-    )
+    read = out, values, x_scales, *stored, scales
+    numbers = rows, columns, depth, x_scales.stride(1), stored[0].shape[-1]
     others, other_numbers, other_tiles = _beside(beside, read, kind, tile, gated=gated)
     _product[(other_tiles + tiles_n * tiles_t, sums.splits if apart else 1)](
-        *(*read, added, order, starts, *others),
+        *(*read, added, order, starts, parts, arrived, *others),
         *(*numbers, sums.chunk(depth), tiles_n, tiles_t, *strides, *other_numbers),
         **_constants(routing, tile),
         BESIDE=beside is not None,
-        CHUNKS=1 if apart else sums.splits,
+        CHUNKS=sums.splits,
         APART=apart,
         EVEN_K=even,
         UP_APART=gated and any(size % BLOCK for size in (columns, other_numbers[1])),
         DTYPE=_TYPES[x.dtype],
-        **{"BLOCK_K": sums.block_k, **finish},
+        BLOCK_K=sums.block_k,
+        KIND=kind,
+        GATED=gated,
+        HAS_BIAS=bias is not None,
+        INTERPRETED=INTERPRETED,
     )
-    if apart:
-        grid, sizes = (rows, -(-columns // _FINISH_COLUMNS)), {"SPLITS": sums.splits, "BLOCK": _FINISH_COLUMNS}
-        _finish_rows[grid](out, target, scales, added, rows, columns, **sizes, **finish)
     return out
 
 
@@ -202,8 +204,9 @@ def _scales(weight: GpuWeight) -> tuple[Tensor, int, int, int]:
 
 
 # With few rows it is bound by reading the weight once: 64 weight rows of 128 bytes a tile, 64 for 4 bits, several
-# stages of which two programs a processor keep in flight. With many rows it is bound by the tensor cores: tiles of 128
-# by 128, or twice 64 by 128, and tiles of rows in groups, so that a weight's tile is read from memory once a group.
+# stages of which two programs a processor keep in flight. With many rows it is bound by the tensor cores and the second
+# cache: tiles of 128 by 128, or 256 by 128 of plain weights in one chunk, half of them gates where it is gated, and
+# tiles of rows in groups, so that a weight's tile is read from memory once a group.
 @triton.jit
 def _product(
     out,
@@ -215,6 +218,8 @@ def _product(
     bias,
     order,
     starts,
+    parts,
+    arrived,
     other_out,
     other_x,
     other_x_scales,
@@ -259,7 +264,9 @@ def _product(
     HAS_BIAS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A tile of `out` [rows, columns], or with `APART` of a chunk's float32 sums [splits, rows, weight rows]."""
+    """A tile of `out` [rows, columns]. With `APART` a program adds up one chunk only, and leaves it in `parts` [CHUNKS,
+    rows, weight rows] float32; the last of a tile's programs to arrive finishes the tile.
+    """
     program = tl.program_id(0)
     others = other_tiles_n * other_tiles_t if BESIDE else 0
     routed = program >= others  # the other product comes first: its weight is deeper, its programs take the longest
@@ -299,8 +306,8 @@ def _product(
         scales_read = tl.arange(0, BLOCK_T)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     kept = tl.minimum(column, columns - 1)
-    parts: tl.constexpr = 2 if GATED else 1
-    row = kept.to(tl.int64) + expert * columns * parts
+    halves: tl.constexpr = 2 if GATED else 1
+    row = kept.to(tl.int64) + expert * columns * halves
     # A tile's rows share a scale for each 128 depths; those of `up` do where gate ends with a block of 128.
     scale_at = expert * scales_expert + tile_n * BLOCK_N // 128 * scales_row
     if UP_APART:
@@ -316,7 +323,7 @@ def _product(
         *(begin, tl.minimum(begin + chunk, depth), depth, pitch),
         *(EVEN_K, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K, KIND, GATED, INTERPRETED),
     )
-    for index in range(1, CHUNKS):
+    for index in range(1, 1 if APART else CHUNKS):
         begin = index * chunk
         more, more_up = _chunk(
             *(x, x_scales, read, scales_read, x_pitch, values, factors, scales, row, row + columns),
@@ -328,14 +335,35 @@ def _product(
         if GATED:
             up += more_up
     stored = inside[None, :] & (column < columns)[:, None]
+    place = written.to(tl.int64)[None, :] * columns + column[:, None]
     if APART:
-        at = (tl.program_id(1) * rows + written).to(tl.int64)[None, :] * (columns * parts) + column[:, None]
-        tl.store(out + at, gate, mask=stored)
+        width = columns * halves
+        sums = parts + written[None, :] * width + column[:, None]
+        own = sums + tl.program_id(1) * (rows * width)
+        tl.store(own, gate, mask=stored)
         if GATED:
-            tl.store(out + at + columns, up, mask=stored)
+            tl.store(own + columns, up, mask=stored)
+        if is_last(arrived + tl.program_id(0), CHUNKS):
+            scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
+            whole = _added(sums, rows * width, stored, CHUNKS)
+            whole_up = whole
+            if GATED:
+                whole_up = _added(sums + columns, rows * width, stored, CHUNKS)
+            line = scale, shift, up_scale, up_shift
+            result = _finish(whole, whole_up, *line, DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED)
+            tl.store(out + place, result, mask=stored)
     else:
         result = _finish(gate, up, scale, shift, up_scale, up_shift, DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED)
-        tl.store(out + written.to(tl.int64)[None, :] * columns + column[:, None], result, mask=stored)
+        tl.store(out + place, result, mask=stored)
+
+
+@triton.jit
+def _added(first, pitch, stored, CHUNKS: tl.constexpr):
+    """A tile's sums of all chunks, `pitch` apart from `first` on, in their order; past the processor's own cache."""
+    total = tl.load(first, mask=stored, other=0.0, cache_modifier=".cg")
+    for index in tl.static_range(1, CHUNKS):
+        total += tl.load(first + index * pitch, mask=stored, other=0.0, cache_modifier=".cg")
+    return total
 
 
 @triton.jit
@@ -529,41 +557,3 @@ def _scaled(sums, scale, shift, KIND: tl.constexpr, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         sums += shift
     return sums
-
-
-# Bound by its launch: the sums of few rows are in the cache.
-@triton.jit
-def _finish_rows(
-    out,
-    sums,
-    scales,
-    bias,
-    rows,
-    columns,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Add the chunks' sums [SPLITS, rows, weight rows] of one row in order -> `out` [rows, columns]."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    width = columns * (2 if GATED else 1)
-    kept = tl.minimum(column, columns - 1)
-    at = sums + row * width + kept
-    scale, shift, up_scale, up_shift = _line(scales, bias, kept, columns, KIND, GATED, HAS_BIAS)
-    gate = tl.load(at)
-    up = gate
-    if GATED:
-        up = tl.load(at + columns)
-    for index in tl.static_range(1, SPLITS):
-        further = sums + (row + index * rows) * width + kept
-        gate += tl.load(further)
-        if GATED:
-            up += tl.load(further + columns)
-    dtype: tl.constexpr = out.dtype.element_ty
-    result = _finish(gate, up, scale, shift, up_scale, up_shift, dtype, KIND, GATED, HAS_BIAS, INTERPRETED)
-    tl.store(out + row * columns + column, result, mask=inside)

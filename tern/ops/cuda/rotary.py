@@ -18,9 +18,26 @@ def rotate_and_store(
 
     Raises `ValueError` if the cache has another layout or does not lie in one piece, or the tables do not fit the rows.
     """
+    check_rows(qkv, cosines, signed_sines, slots, key_cache, value_cache)
+    kv_heads, blocks, block_size, head_dim, _ = value_cache.shape
+    rows, heads = qkv.shape[0], qkv.shape[1] // head_dim
+    queries = qkv.new_empty(rows, heads - 2 * kv_heads, head_dim)
+    if rows:
+        tensors = (qkv.contiguous(), cosines.contiguous(), signed_sines.contiguous(), slots.contiguous())
+        counts = (heads, kv_heads, blocks * block_size)
+        sizes = {"D": head_dim, "COLUMNS": triton.next_power_of_2(head_dim), "HEADS": _HEADS, "num_warps": 4}
+        options = {"INTERPRETED": INTERPRETED, "enable_fp_fusion": False}
+        grid = (rows, triton.cdiv(heads, _HEADS))
+        _rotate_and_store[grid](*tensors, queries, key_cache, value_cache, *counts, **sizes, **options)
+    return queries
+
+
+def check_rows(
+    qkv: Tensor, cosines: Tensor, signed_sines: Tensor, slots: Tensor, key_cache: Tensor, value_cache: Tensor
+) -> None:
+    """Raise `ValueError` for rows that kernels would turn or store wrongly."""
     kv_heads, blocks, block_size, head_dim, _ = value_cache.shape
     rows = qkv.shape[0]
-    heads = qkv.shape[1] // head_dim
     if key_cache.shape != (kv_heads, blocks, 1, block_size, head_dim) or value_cache.shape[4] != 1:
         raise ValueError(f"a GPU's cache has no keys {list(key_cache.shape)} and values {list(value_cache.shape)}")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()) or key_cache.dtype != value_cache.dtype:
@@ -29,14 +46,18 @@ def rotate_and_store(
         raise ValueError(f"rotary tables must be float32 [{rows}, {head_dim}]")
     if slots.shape != (rows,):
         raise ValueError(f"slots must be of shape [{rows}], not {list(slots.shape)}")
-    queries = qkv.new_empty(rows, heads - 2 * kv_heads, head_dim)
-    if rows:
-        tensors = (qkv.contiguous(), cosines.contiguous(), signed_sines.contiguous(), slots.contiguous())
-        counts = (heads, kv_heads, blocks * block_size)
-        sizes = {"D": head_dim, "COLUMNS": triton.next_power_of_2(head_dim), "HEADS": _HEADS, "num_warps": 4}
-        grid = (rows, triton.cdiv(heads, _HEADS))
-        _rotate_and_store[grid](*tensors, queries, key_cache, value_cache, *counts, INTERPRETED=INTERPRETED, **sizes)
-    return queries
+
+
+@triton.jit
+def turn(x, cosines, signed_sines, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 rows `x` [R, C] by their tables, [R, C] or [1, C], and rounded to `dtype`.
+
+    Product and sum must not be fused (`enable_fp_fusion=False`), so that every kernel turns alike. Pairs are swapped by
+    sums of their bits, which wrap: behind a `tl.join` the compiler would cut the depths of a query's product otherwise.
+    """
+    pairs = tl.reshape(x.to(tl.int32, bitcast=True), (x.shape[0], x.shape[1] // 2, 2))
+    swapped = tl.reshape(tl.sum(pairs, axis=2, keep_dims=True) - pairs, x.shape).to(tl.float32, bitcast=True)
+    return narrow(x * cosines + swapped * signed_sines, dtype, INTERPRETED)
 
 
 # Bound by memory: each number passes once. A token's heads are shared out among programs, so that a decode has more
@@ -71,9 +92,7 @@ def _rotate_and_store(
     cosine = tl.load(cosines + token * D + columns, mask=columns < D, other=0.0)
     sine = tl.load(signed_sines + token * D + columns, mask=columns < D, other=0.0)
     x = loaded.to(tl.float32)
-    even, odd = tl.split(tl.reshape(x, (HEADS, COLUMNS // 2, 2)))
-    swapped = tl.reshape(tl.join(odd, even), (HEADS, COLUMNS))
-    rotated = narrow(x * cosine[None, :] + swapped * sine[None, :], qkv.dtype.element_ty, INTERPRETED)
+    rotated = turn(x, cosine[None, :], sine[None, :], qkv.dtype.element_ty, INTERPRETED)
 
     first_key, first_value = heads - 2 * kv_heads, heads - kv_heads
     is_query, is_value = head < first_key, head >= first_value

@@ -25,6 +25,17 @@ def empty_fp8_rows(rows: int, width: int, dtype: torch.dtype, device: torch.devi
 
 
 @triton.jit
+def round_groups(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 `x` [groups, width] -> the groups in `dtype`, fp8, and the scale of each.
+
+    The divisions round as IEEE says, since the largest of a group must become 448.
+    """
+    peaks = tl.max(tl.abs(x), axis=1)
+    scales = tl.where(peaks > 0, tl.div_rn(peaks, 448.0), 1.0)
+    return narrow(tl.div_rn(x, tl.broadcast_to(scales[:, None], x.shape)), dtype, INTERPRETED), scales
+
+
+@triton.jit
 def store_as_fp8(
     x,
     values,
@@ -38,16 +49,11 @@ def store_as_fp8(
 ):
     """A row's columns from `first` on, float32 `x` [BLOCK] with zeros beyond `width`, to where the row's values begin.
 
-    `scales` is where the row's first scale is; its others are `pitch` apart. GROUP divides `first` and BLOCK. The
-    divisions round as IEEE says, since the largest of a group must become 448.
+    `scales` is where the row's first scale is; its others are `pitch` apart. GROUP divides `first` and BLOCK.
     """
     GROUPS: tl.constexpr = BLOCK // GROUP
-    grouped = tl.reshape(x, (GROUPS, GROUP))
-    peaks = tl.max(tl.abs(grouped), axis=1)
-    steps = tl.where(peaks > 0, tl.div_rn(peaks, 448.0), 1.0)
-    spread = tl.broadcast_to(steps[:, None], (GROUPS, GROUP))
+    codes, steps = round_groups(tl.reshape(x, (GROUPS, GROUP)), values.dtype.element_ty, INTERPRETED)
     groups = first // GROUP + tl.arange(0, GROUPS)
     columns = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    codes = narrow(tl.div_rn(grouped, spread), values.dtype.element_ty, INTERPRETED)
     tl.store(values + columns, codes, mask=columns < width)
     tl.store(scales + groups * pitch, steps, mask=groups * GROUP < width)

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -25,9 +25,14 @@ BLOCKS_T = (16, 32, 64, 128)
 PROCESSORS = 132
 """Streaming multiprocessors of an H100 or H200. A constant, for sums must not depend on the card."""
 _MIN_CHUNK = 512  # depths: eight tiles of bfloat16, enough to fill the pipeline of loads
-_SHARED_BYTES = 200 * 1024  # of the 227 KiB that a program may have; the rest is for changing layouts
+# KiB of shared memory that a program may have, by compute capability; of those, what changing layouts takes.
+_SHARED_KIB: dict[object, int] = {(8, 0): 163, (8, 7): 163, 9: 227, 10: 227, 11: 227}
+_LEAST_SHARED_KIB = 99  # on every other card
+_LAYOUTS_KIB = 27
+_SHARED_BYTES = 200 * 1024  # what remains on a Hopper GPU
 _SHARED_BYTES_OF_TWO = 96 * 1024
 _SUMS_PER_THREAD = 128  # float32 registers of 255
+_SUMS_PER_THREAD_FLOAT32 = 64  # without tensor cores, whose operands lie in shared memory, those take the others
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,9 @@ def choose(shape: Shape, rows: int) -> tuple[Sums, Tile]:
     block_t = next((block for block in BLOCKS_T if block >= rows), BLOCKS_T[-1])
     known = _table().get(shape)
     if known is None:
-        return usual_sums(shape), usual_tile(shape, usual_sums(shape), block_t)
+        return usual_sums(shape), usual_tile(shape, usual_sums(shape), block_t, _room())
     sums, tiles = known
-    return sums, tiles.get(block_t) or usual_tile(shape, sums, block_t)
+    return sums, tiles.get(block_t) or usual_tile(shape, sums, block_t, _room())
 
 
 def usual_sums(shape: Shape) -> Sums:
@@ -95,16 +100,22 @@ def usual_sums(shape: Shape) -> Sums:
     return Sums(block_k, max(1, -(-shape.depth // chunk)))  # no chunk without depths
 
 
-def usual_tile(shape: Shape, sums: Sums, block_t: int) -> Tile:
-    """For a shape that was not timed: the widest tile that fits, and as many stages.
+def usual_tile(shape: Shape, sums: Sums, block_t: int, room: int = _SHARED_BYTES) -> Tile:
+    """For a shape that was not timed: the widest tile that fits into `room` bytes, and as many stages.
 
-    Of few rows two programs run on a processor, so that one reads while the other waits.
+    Of few rows two programs run on a processor, so that one reads while the other waits. Of many, plain weights of two
+    bytes have tiles of 256 weight rows where a thread's registers hold the sums and there is room for stages enough:
+    those ask the second cache for three quarters of what 128 by 128 do.
 
-    64 columns are what the tensor cores' instructions of a Hopper GPU take at least.
+    64 columns are what the tensor cores' instructions of a Hopper GPU take at least; where they do not fit, no such
+    GPU is there.
     """
-    widest = 64 if shape.gated or block_t < 64 else 128
-    sizes = [(n, t) for t in reversed(BLOCKS_T) for n in (128, 64) if n <= widest and t <= block_t]
-    for shared_bytes in (_SHARED_BYTES_OF_TWO, _SHARED_BYTES)[block_t >= 64 :]:
+    wide = shape.kind == "plain" and shape.x_bytes == 2 and block_t == BLOCKS_T[-1] and room >= _SHARED_BYTES
+    widest = (64 if block_t < 64 else 256 if wide else 128) // (2 if shape.gated else 1)
+    sizes = [(n, t) for t in reversed(BLOCKS_T) for n in (256, 128, 64) if n <= max(64, widest) and t <= block_t]
+    sizes += [(32, BLOCKS_T[0])]
+    of_two = min(_SHARED_BYTES_OF_TWO, room // 2)
+    for shared_bytes in (of_two, room)[block_t >= 64 :]:
         for block_n, size_t in sizes:
             warps = 4 if block_n * size_t * (1 + shape.gated) <= 4096 else 8
             for stages in (6, 5, 4, 3, 2):
@@ -112,6 +123,13 @@ def usual_tile(shape: Shape, sums: Sums, block_t: int) -> Tile:
                 if problem(shape, sums, tile, shared_bytes) is None:
                     return tile
     raise AssertionError(f"no tile fits {shape} with {sums}")
+
+
+def _room() -> int:
+    """Bytes of shared memory that the tiles in flight of a program may take, on the GPU that is here."""
+    capability = _capability()
+    most = _SHARED_KIB.get(capability) or _SHARED_KIB.get(capability[0]) or _LEAST_SHARED_KIB
+    return (most - _LAYOUTS_KIB) * 1024
 
 
 def problem(shape: Shape, sums: Sums, tile: Tile, shared_bytes: int = _SHARED_BYTES) -> str | None:
@@ -132,8 +150,11 @@ def problem(shape: Shape, sums: Sums, tile: Tile, shared_bytes: int = _SHARED_BY
         return f"{tile.warps} warps and {tile.stages} stages are outside of 1 to 16 and 1 to 8"
     parts = 2 if shape.gated else 1
     held = tile.block_n * tile.block_t * (parts * (2 if sums.splits > 1 else 1) + (shape.kind == "fp8"))
-    if held > _SUMS_PER_THREAD * 32 * tile.warps:
-        return f"{held} sums of a tile pass the {_SUMS_PER_THREAD} of each of {32 * tile.warps} threads"
+    most = _SUMS_PER_THREAD_FLOAT32 if shape.x_bytes == 4 else _SUMS_PER_THREAD
+    if held > most * 32 * tile.warps:
+        return f"{held} sums of a tile pass the {most} of each of {32 * tile.warps} threads"
+    if shape.kind == "fp8" and tile.block_n > BLOCK:
+        return f"a tile of {tile.block_n} columns has more than one scale of fp8 for {BLOCK} depths"
     weights = parts * tile.block_n * sums.block_k
     # Integers become bfloat16 in registers, but float32 through shared memory.
     widened = weights * shape.x_bytes if shape.kind in ("int8", "int4") and shape.x_bytes == 4 else 0
@@ -171,5 +192,12 @@ def write_table(path: Path, origin: str, table: dict[Shape, Entry]) -> None:
 
 @cache
 def _table() -> dict[Shape, Entry]:
-    capability: Any = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    return read_table(TABLE) if capability[0] == 9 else {}
+    return read_table(TABLE) if torch.cuda.is_available() and _capability()[0] == 9 else {}
+
+
+def _capability() -> tuple[int, int]:
+    """The GPU's compute capability; without one a Hopper's, for which kernels are interpreted and compiled then."""
+    if not torch.cuda.is_available():
+        return 9, 0
+    major, minor = torch.cuda.get_device_capability()
+    return major, minor

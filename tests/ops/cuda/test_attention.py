@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from tern.ops import reference, reference_attention
-from tern.ops.cuda import GpuPlan, attention, paged_attention
+from tern.ops.cuda import GpuPlan, attention_few, attention_parts, paged_attention
 from tests.compare import assert_close
 
 FP8 = torch.float8_e4m3fn
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 """By the type of the queries: weights and results are rounded to it."""
-FULL_PIECE = attention.PIECE
 SMALL_PIECE = 64
-"""Of two tiles, so that short contexts have many pieces: what the tests here cut them into."""
+"""Of two tiles, so that short contexts have many pieces, and stretches of two: what the tests here cut them into."""
 
 
 @dataclass
@@ -91,7 +90,8 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "PIECE", SMALL_PIECE)
+    monkeypatch.setattr(attention_parts, "PIECE", SMALL_PIECE)
+    monkeypatch.setattr(attention_parts, "STRETCH", 2)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +142,11 @@ def test_block_sizes(block_size: int, device: torch.device) -> None:
     Case(device, [(1, 66), (15, 40)], block_size=block_size, dtype=torch.bfloat16).check()
 
 
-def test_pieces_of_full_size(device: torch.device) -> None:
-    Case(
-        device, [(1, attention.PIECE), (1, attention.PIECE + 1), (13, 300)], head_dim=128, dtype=torch.bfloat16
-    ).check()
+def test_pieces_of_full_size(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    piece = attention_parts.PIECE
+    assert piece > SMALL_PIECE
+    Case(device, [(1, piece), (1, piece + 1), (13, 300)], head_dim=128, dtype=torch.bfloat16).check()
 
 
 @pytest.mark.parametrize("programs", [1, 3])
@@ -154,7 +155,7 @@ def test_programs_that_take_several_pieces(
 ) -> None:
     case = Case(device, [(1, 7 * SMALL_PIECE + 3)])
     spread = case.actual()
-    monkeypatch.setattr(attention, "PROGRAMS", programs)
+    monkeypatch.setattr(attention_few, "PROGRAMS", programs)
     assert torch.equal(case.actual(), spread)
     case.check()
 

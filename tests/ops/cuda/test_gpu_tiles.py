@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tune_gpu
+from tern.ops.cuda import tiles
 from tern.ops.cuda.tiles import (
     BLOCKS_T,
     TABLE,
@@ -38,6 +39,22 @@ def test_the_rule_fits_every_shape(kind: str, x_bytes: int, columns: int, depth:
         assert (sums.splits - 1) * sums.chunk(depth) < depth <= sums.splits * sums.chunk(depth)
 
 
+@pytest.mark.parametrize(("kind", "x_bytes"), KINDS)
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (10, 0), (12, 0)])
+def test_tiles_fit_the_card(
+    kind: str, x_bytes: int, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("is_available", True), ("get_device_capability", capability)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    has = {(8, 0): 163, (10, 0): 227}.get(capability, 99) * 1024
+    monkeypatch.setattr(tiles, "_table", dict)
+    for (columns, depth), gated, routed, rows in product(SIZES, (False, True), (False, True), (1, 30, 64, 500)):
+        shape = Shape(kind, columns, depth, gated, routed, x_bytes)  # type: ignore[arg-type]
+        sums, tile = choose(shape, rows)
+        assert sums == usual_sums(shape), "sums are those of every card"
+        assert problem(shape, sums, tile, has - 20 * 1024) is None
+
+
 def test_sums_do_not_follow_from_the_rows() -> None:
     shape = Shape("int4", 3584, 2560, False, False, 2)
     assert len({choose(shape, rows)[0] for rows in (1, 16, 17, 100, 5000)}) == 1
@@ -57,6 +74,7 @@ def test_the_table_fits_its_shapes() -> None:
         (Sums(128, 9), Tile(64, 16, 4, 3), "splits is 9"),
         (Sums(128, 1), Tile(256, 128, 4, 2), "sums of a tile"),
         (Sums(128, 1), Tile(128, 128, 8, 8), "shared memory"),
+        (Sums(128, 1), Tile(256, 16, 8, 2), "more than one scale"),
         (Sums(128, 1), Tile(8, 16, 4, 3), "below the 16 by 16"),
         (Sums(128, 1), Tile(64, 16, 4, 9), "stages"),
     ],
