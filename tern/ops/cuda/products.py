@@ -18,7 +18,7 @@ from torch import Tensor
 from tern.ops.cuda.arrival import MOST, counters, is_last
 from tern.ops.cuda.fp8 import round_rows_to_fp8
 from tern.ops.cuda.integers import integers, nibbles
-from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
+from tern.ops.cuda.launch import EARLY, INTERPRETED, announce, ask_for, dot, narrow, tl, triton, wait
 from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
 from tern.ops.gpu_weights import BLOCK, Fp8Rows, Fp8Weight, GpuWeight, RowPackedWeight, Rows, plain_rows
 
@@ -129,6 +129,7 @@ def multiply(
         GATED=gated,
         HAS_BIAS=bias is not None,
         INTERPRETED=INTERPRETED,
+        **EARLY,
     )
     return out
 
@@ -267,6 +268,7 @@ def _product(
     """A tile of `out` [rows, columns]. With `APART` a program adds up one chunk only, and leaves it in `parts` [CHUNKS,
     rows, weight rows] float32; the last of a tile's programs to arrive finishes the tile.
     """
+    announce()
     program = tl.program_id(0)
     others = other_tiles_n * other_tiles_t if BESIDE else 0
     routed = program >= others  # the other product comes first: its weight is deeper, its programs take the longest
@@ -284,6 +286,15 @@ def _product(
         scales_row = tl.where(routed, scales_row, other_scales_row)
         scales_depth = tl.where(routed, scales_depth, other_scales_depth)
     tile_n, tile_t = _place(program, tiles_n, tiles_t, GROUP_T)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = tl.minimum(column, columns - 1)
+    begin = tl.program_id(1) * chunk
+    if BLOCK_T == 16 and (BESIDE or not EXPERTS):  # noqa: SIM102 - the compiler decides; of few rows with a known weight
+        if not routed or not EXPERTS:
+            _ask_for_weights(values, kept, pitch, begin, tl.minimum(begin + chunk, depth), KIND)
+            if GATED:
+                _ask_for_weights(values, kept + columns, pitch, begin, tl.minimum(begin + chunk, depth), KIND)
+    wait()
     expert, first, end = tile_t * 0, tile_t * BLOCK_T, rows
     if EXPERTS:
         if routed:
@@ -304,8 +315,6 @@ def _product(
     if not (EXPERTS and GATED):  # rows follow each other, and so do their scales, past the end too
         x_scales += first
         scales_read = tl.arange(0, BLOCK_T)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    kept = tl.minimum(column, columns - 1)
     halves: tl.constexpr = 2 if GATED else 1
     row = kept.to(tl.int64) + expert * columns * halves
     # A tile's rows share a scale for each 128 depths; those of `up` do where gate ends with a block of 128.
@@ -316,7 +325,6 @@ def _product(
         up_scale_at = scale_at + columns // 128 * scales_row
     if not APART:
         scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
-    begin = tl.program_id(1) * chunk
     gate, up = _chunk(
         *(x, x_scales, read, scales_read, x_pitch, values, factors, scales, row, row + columns),
         *(scale_at, up_scale_at, scales_depth),
@@ -355,6 +363,19 @@ def _product(
     else:
         result = _finish(gate, up, scale, shift, up_scale, up_shift, DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED)
         tl.store(out + place, result, mask=stored)
+
+
+@triton.jit
+def _ask_for_weights(values, row, pitch, begin, end, KIND: tl.constexpr):
+    """Have the first KiB of each of a weight's `row`s from depth `begin` on brought to the second cache.
+
+    That is done while the kernel before ends. A KiB: with the 64 KiB of a tile, those of all programs that fit on the
+    card at once take half of that cache.
+    """
+    depths: tl.constexpr = 8 if KIND == "int4" else 4 if KIND == "int8" else 1  # of a stored number
+    line: tl.constexpr = 1024 // values.dtype.element_ty.primitive_bitwidth
+    at = tl.minimum(begin // depths + tl.arange(0, 8) * line, (end - 1) // depths)
+    ask_for(values + row.to(tl.int64)[:, None] * pitch + at[None, :])
 
 
 @triton.jit
