@@ -6,18 +6,16 @@ waits for the device, and every size follows from the tensors' shapes, so that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from tern.ops.cuda.fp8 import round_parts_to_fp8
+from tern.ops.cuda.fp8 import round_together
 from tern.ops.cuda.launch import tl, triton
 from tern.ops.cuda.matmul import swiglu
 from tern.ops.cuda.products import Beside, Routing, kind_of, multiply
 from tern.ops.cuda.router import choose
 from tern.ops.delta import ExpertOutputs
-from tern.ops.gpu_weights import BLOCK, Fp8Weight, GpuWeight, Rows, plain_rows
+from tern.ops.gpu_weights import Fp8Weight, GpuWeight, Rows, plain_rows
 from tern.ops.router import Router
 from tern.ops.swiglu import SwiGLUWeights
 
@@ -69,17 +67,13 @@ def _multiply_together(
     """What the experts give for the pairs [T * K, H], in their order, and the shared one for tokens [T, H]."""
     assert isinstance(shared.gate_up, GpuWeight)
     assert isinstance(shared.down, GpuWeight)
-    shapes = (routing.order.shape[0], down.shape[-1]), (x.shape[0], shared.down.shape[-1])
-    sizes = [rows * width for rows, width in shapes]
-    room = torch.empty(sum(sizes), dtype=x.dtype, device=x.device)
-    gated, beside = (part.view(shape) for part, shape in zip(torch.split(room, sizes), shapes, strict=True))
-    multiply(x, gate_up, gated=True, routing=routing, beside=Beside(x, shared.gate_up, beside), out=gated)
-    entering: Sequence[Rows] = (gated, beside)
-    if isinstance(down, Fp8Weight) and not any(width % BLOCK for _, width in shapes):
-        entering = round_parts_to_fp8(room, (gated, beside))
-    added = torch.empty(x.shape[0], shared.down.shape[0], dtype=x.dtype, device=x.device)
-    outputs = multiply(entering[0], down, routing=routing, beside=Beside(entering[1], shared.down, added))
-    return outputs, added
+    rows, dtype, device = x.shape[0], x.dtype, x.device
+    beside = Beside(x, shared.gate_up, torch.empty(rows, shared.down.shape[1], dtype=dtype, device=device))
+    gated = multiply(x, gate_up, gated=True, routing=routing, beside=beside)
+    is_fp8 = isinstance(down, Fp8Weight)
+    entering, of_shared = round_together(gated, beside.out) if is_fp8 else (gated, beside.out)
+    added = Beside(of_shared, shared.down, torch.empty(rows, shared.down.shape[0], dtype=dtype, device=device))
+    return multiply(entering, down, routing=routing, beside=added), added.out
 
 
 def sort_by_expert(experts: Tensor, num_experts: int) -> Routing:
