@@ -192,7 +192,7 @@ def _store_sums(
     tl.store(highest_sums + number, highest, mask=live)
     tl.store(total_sums + number, total, mask=live)
     slab = tl.arange(0, SLAB)[None, :]
-    place = sums + number[:, None] * DIM + slab
+    place = sums + number[:, None].to(tl.int64) * DIM + slab
     tl.store(place, left, mask=live[:, None] & (slab < DIM))
     if SLAB < WIDTH:
         tl.store(place + SLAB, right, mask=live[:, None] & (SLAB + slab < DIM))
@@ -352,7 +352,7 @@ def _attend_few(
     entries = max_pieces + max_stretches
     before = sequence.to(tl.int64) * FEW * HEADS * entries
     sums, highest_sums, total_sums = sums + before * DIM, highest_sums + before, total_sums + before
-    number = (token * HEADS + head).to(tl.int64) * entries
+    number = (token * HEADS + head) * entries
     output, scales = output + start * HEADS * DIM, scales + start * HEADS
     counter += (sequence * KV_HEADS + kv_head) * (1 + max_stretches)
     stretches = tl.cdiv(pieces, STRETCH)

@@ -147,9 +147,9 @@ def piece_sums(
     columns, slab = tl.arange(0, WIDTH), tl.arange(0, SLAB)[None, :]
     for begin in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, limit), TILE):
         at = begin + tl.arange(0, TILE)
-        inside = at < limit
-        slots = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
-        key = tl.load(keys + slots[None, :] * DIM, mask=(columns < DIM)[:, None] & inside[None, :], other=0.0)
+        near = tl.minimum(at, limit - 1)
+        slots = tl.load(table + near // BLOCK_SIZE).to(tl.int32) * BLOCK_SIZE + near % BLOCK_SIZE
+        key = tl.load(keys + slots[None, :].to(tl.int64) * DIM, mask=(columns < DIM)[:, None], other=0.0)
         key = _as_multiplied(key, MULTIPLIED, INTERPRETED)
         scores = dot(query, key, tl.zeros([ROWS, TILE], tl.float32), INTERPRETED)
         scores = tl.where(at[None, :] <= positions[:, None], scores, float("-inf"))
@@ -160,12 +160,12 @@ def piece_sums(
         highest = highest_now
         total = total * shrink + tl.sum(weights, axis=1)
         weights = narrow(weights, MULTIPLIED, INTERPRETED)
-        value = tl.load(values + slots[:, None] * DIM, mask=inside[:, None] & (slab < DIM), other=0.0)
+        value = tl.load(values + slots[:, None].to(tl.int64) * DIM, mask=slab < DIM, other=0.0)
         value = _as_multiplied(value, MULTIPLIED, INTERPRETED)
         left = dot(weights, value, left * shrink[:, None], INTERPRETED)
         if SLAB < WIDTH:
-            there = inside[:, None] & (SLAB + slab < DIM)
-            value = tl.load(values + slots[:, None] * DIM + SLAB, mask=there, other=0.0)
+            place = values + SLAB + slots[:, None].to(tl.int64) * DIM
+            value = tl.load(place, mask=SLAB + slab < DIM, other=0.0)
             value = _as_multiplied(value, MULTIPLIED, INTERPRETED)
             right = dot(weights, value, right * shrink[:, None], INTERPRETED)
     return highest, total, left, right
