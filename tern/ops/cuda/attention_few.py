@@ -353,7 +353,8 @@ def _attend_few(
     counter += (sequence * KV_HEADS + kv_head) * (1 + max_stretches)
     stretches = tl.cdiv(pieces, STRETCH)
     dtype: tl.constexpr = rows.dtype.element_ty
-    for piece in range(first, pieces, tl.num_programs(0)):
+    # What only the joins need is computed when they do: kept over the tiles, it would push theirs out of the registers.
+    for piece in tl.range(first, pieces, tl.num_programs(0), disable_licm=True):
         highest, total, left, right = piece_sums(
             query, keys + tl.arange(0, WIDTH)[:, None], values + tl.arange(0, SLAB)[None, :], table, piece, context,
             context - length + token, factor,
