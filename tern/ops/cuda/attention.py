@@ -91,8 +91,9 @@ def paged_attention(queries: Tensor, key_cache: Tensor, value_cache: Tensor, pla
 
     The caches are one layer's as a GPU keeps them (`tern.ops.kv_cache_shapes`), of any floating type. Queries and keys
     are multiplied in the wider of their types, beside float8 keys in float16 if the queries have 16 bits. While few
-    queries meet a context their pieces' sums take 4.5 * (D + 2) bytes for each query head and piece of the plan's
-    longest context: 0.37 MB a sequence of 20 heads of 128 at 8 192 positions.
+    queries meet a context their pieces' sums take 4.25 * (D + 2) bytes for each query head of a row and each piece of
+    the plan's longest context, 0.7 MB a row of 20 heads of 128 at 8 192 positions and 11 MB at 131 072. Where so many
+    sequences decode that each has one program, sums of a stretch and of the stretches are all, 0.2 and 0.8 MB.
     """
     queries = queries.contiguous()
     _check(queries, key_cache, value_cache)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tern.ops.cuda import attention_parts as parts
 from tern.ops.cuda.arrival import MOST, counters, is_last
-from tern.ops.cuda.attention_parts import as_query, piece_sums, score_factor, shares
+from tern.ops.cuda.attention_parts import as_query, piece_sums, score_factor, shares, side_by_side
 from tern.ops.cuda.launch import EARLY, announce, narrow, tl, triton, wait
 from tern.ops.cuda.rotary import turn
 from tern.ops.cuda.rounding import round_groups
@@ -26,9 +26,12 @@ from tern.ops.cuda.rounding import round_groups
 if TYPE_CHECKING:
     from tern.ops.cuda.attention import GpuPlan
 
-PROGRAMS = 4096
-"""Programs among which the pieces of a step are spread: enough for every multiprocessor to hold some, few enough that
-those which find nothing to do cost little."""
+PROGRAMS = 132 * 9
+"""Programs of one warp that a Hopper card holds at a time, among which the pieces of a step are spread.
+
+More would be on their way no sooner, and in a graph made for 131 072 positions nearly all of them would find nothing to
+do. Deep in a context each takes several pieces.
+"""
 _JOINED = 1024
 """Numbers that a warp joins at a time: eight rows of 128."""
 _AT_ONCE = 4
@@ -67,34 +70,32 @@ def attend_few(
     stretches = -(-pieces // parts.STRETCH)
     room = MOST // (kv_heads * (1 + stretches))
     total = plan.context_lens.shape[0]
-    sums = rows.new_empty((min(room, total) * few, heads, pieces + stretches, head_dim), dtype=torch.float32)
+    most = min(room, total)
+    sizes = _constants(rows, heads, caches[0], few)
+    programs = min(pieces, max(1, PROGRAMS // (most * kv_heads * sizes["num_warps"])))
+    # A program that is alone has joined a stretch before it begins the next, whose sums take the same places.
+    held = pieces if programs > 1 else min(pieces, parts.STRETCH)
+    sums = rows.new_empty((min(rows.shape[0], most * few), heads, held + stretches, head_dim), dtype=torch.float32)
     highest, weights = rows.new_empty((2, *sums.shape[:3]), dtype=torch.float32)
     for first in range(0, total, room):
-        sequences = min(room, total - first)
-        programs = min(pieces, max(1, PROGRAMS // (sequences * kv_heads)))
-        _attend_few[(programs, kv_heads, sequences)](
+        _attend_few[(programs, kv_heads, min(room, total - first))](
             rows,
-            *((tokens.cosines, tokens.signed_sines, tokens.slots) if tokens else (rows, rows, rows)),
-            *caches,
-            plan.query_starts[first:],
-            plan.context_lens[first:],
-            plan.block_tables[first:],
-            output,
-            output if scales is None else scales,
-            sums,
-            highest,
-            weights,
+            (tokens.cosines, tokens.signed_sines, tokens.slots) if tokens else (rows, rows, rows),
+            caches,
+            (plan.query_starts[first:], plan.context_lens[first:], plan.block_tables[first:]),
+            (output, output if scales is None else scales),
+            (sums, highest, weights),
             counters(rows.device),
             caches[0].stride(0),
             caches[1].stride(0),
             plan.block_tables.stride(0),
-            pieces,
+            held,
             stretches,
             0 if scales is None else scales.stride(1),
             score_factor(head_dim),
             TURN=tokens is not None,
             TO_FP8=scales is not None,
-            **_constants(rows, heads, caches[0], few),
+            **sizes,
             **EARLY,
         )
 
@@ -117,9 +118,7 @@ def _constants(rows: Tensor, heads: int, key_cache: Tensor, few: int) -> dict[st
 @triton.jit
 def _store_new(
     rows,
-    cosines,
-    signed_sines,
-    slots,
+    tables,
     keys,
     values,
     tokens,
@@ -136,6 +135,7 @@ def _store_new(
 
     Its slot 0 is at `keys` and `values`. What is stored is what `tern.ops.cuda.rotary` stores.
     """
+    cosines, signed_sines, slots = tables
     columns = tl.arange(0, WIDTH)[None, :]
     there = mine[:, None] & (columns < DIM)
     row = rows + (tokens * ROW_HEADS + kv_head)[:, None] * DIM + columns
@@ -153,8 +153,7 @@ def _store_new(
 @triton.jit
 def _queries(
     rows,
-    cosines,
-    signed_sines,
+    tables,
     tokens,
     heads,
     live,
@@ -165,6 +164,7 @@ def _queries(
     INTERPRETED: tl.constexpr,
 ):
     """A query for each of `tokens` and `heads` [ROWS], turned if need be; zeros where none is `live`."""
+    cosines, signed_sines, _ = tables
     columns = tl.arange(0, WIDTH)[None, :]
     inside = live[:, None] & (columns < DIM)
     query = tl.load(rows + (tokens * ROW_HEADS + heads)[:, None] * DIM + columns, mask=inside, other=0.0)
@@ -177,43 +177,50 @@ def _queries(
 
 @triton.jit
 def _store_sums(
-    sums,
-    highest_sums,
-    total_sums,
-    number,
-    live,
-    highest,
-    total,
-    left,
-    right,
-    DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SLAB: tl.constexpr,
+    memory, number, live, highest, total, left, right, DIM: tl.constexpr, WIDTH: tl.constexpr, SLAB: tl.constexpr
 ):
-    """A piece's sums for rows that are `live` -> sums number `number` [ROWS]."""
+    """A piece's sums for rows that are `live` -> sums number `number` [ROWS] of `memory`."""
+    sums, highest_sums, total_sums = memory
     tl.store(highest_sums + number, highest, mask=live)
     tl.store(total_sums + number, total, mask=live)
     slab = tl.arange(0, SLAB)[None, :]
-    place = sums + number[:, None] * DIM + slab
+    place = sums + number[:, None].to(tl.int64) * DIM + slab
     tl.store(place, left, mask=live[:, None] & (slab < DIM))
     if SLAB < WIDTH:
         tl.store(place + SLAB, right, mask=live[:, None] & (SLAB + slab < DIM))
 
 
 @triton.jit
+def _write(
+    into, row, live, total, mixed, dtype: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, TO_FP8: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """All sums of rows that are `live`, mixed values [R, columns] -> rows number `row` [R] of the result, which is the
+    output, and with `TO_FP8` scales [T, HEADS] whose columns lie `pitch` apart.
+    """
+    output, scales, pitch = into
+    columns = tl.arange(0, mixed.shape[1])[None, :]
+    inside = live[:, None] & (columns < DIM)
+    result = narrow(mixed / tl.where(live, total, 1.0)[:, None], dtype, INTERPRETED)
+    place = tl.max_contiguous(row[:, None] * DIM + columns, (1, 4))
+    if TO_FP8:
+        codes, steps = round_groups(result.to(tl.float32), output.dtype.element_ty, INTERPRETED)
+        tl.store(output + place, codes, mask=inside)
+        tl.store(scales + row // HEADS + row % HEADS * pitch, steps, mask=live)
+    else:
+        tl.store(output + place, result, mask=inside)
+
+
+@triton.jit
 def _join(
-    sums,
-    highest_sums,
-    total_sums,
+    memory,
     first,
     count,
-    into,
+    target,
     rows,
     kv_head,
     entries,
-    output,
-    scales,
-    scales_pitch,
+    into,
     dtype: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -224,20 +231,19 @@ def _join(
     TO_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The sums number `first` and the next, `count` together, joined in this order -> the sums number `into`, or where
-    that is negative, since these are all: the rows of `output`.
+    """The sums number `first` and the next of `memory`, `count` together, joined in this order -> the sums number
+    `target`, or where that is negative, since these are all: rows of the result.
 
     A sequence has `rows` rows in all heads of `kv_head`, and a row has `entries` sums. What is alone need not be joined
     to nothing, as chunks do: that changes no number.
     """
+    sums, highest_sums, total_sums = memory
     columns = tl.arange(0, WIDTH)[None, :]
     zeros = tl.zeros([JOINED], tl.int32)
     for begin in range(0, rows, JOINED):
         row = begin + tl.arange(0, JOINED)
         live = row < rows
-        inside = live[:, None] & (columns < DIM)
-        token, head = row // GROUP, kv_head * GROUP + row % GROUP
-        row = token * HEADS + head
+        row = row // GROUP * HEADS + kv_head * GROUP + row % GROUP
         mine = row.to(tl.int64) * entries
         highest = tl.full([JOINED], float("-inf"), tl.float32)
         total = tl.zeros([JOINED], tl.float32)
@@ -264,42 +270,28 @@ def _join(
                 highest, keep, add = shares(highest, next_highest)
                 total = total * keep + next_total * add
                 mixed = mixed * keep[:, None] + next_mixed * add[:, None]
-        if into < 0:
-            result = narrow(mixed / tl.where(live, total, 1.0)[:, None], dtype, INTERPRETED)
-            place = tl.max_contiguous(row[:, None] * DIM + columns, (1, 4))
-            if TO_FP8:
-                codes, steps = round_groups(result.to(tl.float32), output.dtype.element_ty, INTERPRETED)
-                tl.store(output + place, codes, mask=inside)
-                tl.store(scales + token + head * scales_pitch, steps, mask=live)
-            else:
-                tl.store(output + place, result, mask=inside)
+        if target < 0:
+            _write(into, row, live, total, mixed, dtype, HEADS, DIM, TO_FP8, INTERPRETED)
         else:
-            tl.store(highest_sums + mine + into, highest, mask=live)
-            tl.store(total_sums + mine + into, total, mask=live)
-            tl.store(sums + (mine + into)[:, None] * DIM + columns, mixed, mask=inside)
+            tl.store(highest_sums + mine + target, highest, mask=live)
+            tl.store(total_sums + mine + target, total, mask=live)
+            place = sums + (mine + target)[:, None] * DIM + columns
+            tl.store(place, mixed, mask=live[:, None] & (columns < DIM))
 
 
-@triton.jit(do_not_specialize=["table_stride", "max_pieces", "max_stretches"])
+@triton.jit(do_not_specialize=["table_stride", "held", "max_stretches", "scales_pitch"])
 def _attend_few(
     rows,
-    cosines,
-    signed_sines,
-    slots,
-    key_cache,
-    value_cache,
-    query_starts,
-    context_lens,
-    block_tables,
-    output,
-    scales,
-    sums,
-    highest_sums,
-    total_sums,
+    tables,
+    caches,
+    plan,
+    into,
+    memory,
     counter,
     key_head_stride,
     value_head_stride,
     table_stride,
-    max_pieces,
+    held,
     max_stretches,
     scales_pitch,
     factor,
@@ -326,63 +318,70 @@ def _attend_few(
     programs.
 
     It should meet the limit of memory: one warp for the 16 rows of a product, 21 KB of tiles on their way, so that nine
-    such programs share a multiprocessor. `sums` [sequences * FEW, HEADS, pieces and behind them stretches, D] and
-    [the same without D] twice are for what the programs tell each other.
+    such programs share a multiprocessor. `memory` is for what the programs tell each other: sums of as many rows as
+    there may be, [rows, HEADS, `held` pieces and behind them stretches, D], and [the same without D] twice.
     """
     announce()
     wait()
     first, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    query_starts, context_lens, block_tables = plan
+    # Together, though those without a piece need one of them: all others would wait twice.
     start = tl.load(query_starts + sequence)
     length = (tl.load(query_starts + sequence + 1) - start).to(tl.int32)
     context = tl.load(context_lens + sequence).to(tl.int32)
+    earlier = start - tl.load(query_starts)
     pieces = tl.cdiv(context, PIECE)
     if (length > FEW) | (length <= 0) | (first >= pieces):
         return
     KV_HEADS: tl.constexpr = HEADS // GROUP
     ROW_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS if TURN else HEADS
-    keys = key_cache + kv_head.to(tl.int64) * key_head_stride
-    values = value_cache + kv_head.to(tl.int64) * value_head_stride
+    keys = caches[0] + kv_head.to(tl.int64) * key_head_stride
+    values = caches[1] + kv_head.to(tl.int64) * value_head_stride
     row = tl.arange(0, ROWS)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     live = token < length
-    query = _queries(rows, cosines, signed_sines, start + token, head, live, ROW_HEADS, DIM, WIDTH, TURN, INTERPRETED)
+    query = _queries(rows, tables, start + token, head, live, ROW_HEADS, DIM, WIDTH, TURN, INTERPRETED)
     if TURN:
         new = tl.arange(0, TOKENS)
         mine = (new < length) & ((context - length + new) // PIECE % tl.num_programs(0) == first)
         _store_new(
-            rows, cosines, signed_sines, slots, keys, values, start + new, mine, kv_head,
+            rows, tables, keys, values, start + new, mine, kv_head,
             ROW_HEADS, HEADS, HEADS + KV_HEADS, DIM, WIDTH, INTERPRETED,
         )  # fmt: skip
         tl.debug_barrier()  # before any thread of this program reads what another stored
     query = as_query(query, MULTIPLIED, INTERPRETED)
     table = block_tables + sequence.to(tl.int64) * table_stride
-    entries = max_pieces + max_stretches
-    before = sequence.to(tl.int64) * FEW * HEADS * entries
-    sums, highest_sums, total_sums = sums + before * DIM, highest_sums + before, total_sums + before
-    number = (token * HEADS + head).to(tl.int64) * entries
-    output, scales = output + start * HEADS * DIM, scales + start
+    entries = held + max_stretches
+    # The rows before in this launch, or as many as sequences before may have: what is less, and no two share any.
+    before = tl.minimum(earlier.to(tl.int64), sequence.to(tl.int64) * FEW) * HEADS * entries
+    memory = (memory[0] + before * DIM, memory[1] + before, memory[2] + before)
+    into = (into[0] + start * HEADS * DIM, into[1] + start, scales_pitch)
+    row = token * HEADS + head
     counter += (sequence * KV_HEADS + kv_head) * (1 + max_stretches)
     stretches = tl.cdiv(pieces, STRETCH)
-    for piece in range(first, pieces, tl.num_programs(0)):
+    dtype: tl.constexpr = rows.dtype.element_ty
+    # What only the joins need is computed when they do: kept over the tiles, it would push theirs out of the registers.
+    for piece in tl.range(first, pieces, tl.num_programs(0), disable_licm=True):
         highest, total, left, right = piece_sums(
             query, keys + tl.arange(0, WIDTH)[:, None], values + tl.arange(0, SLAB)[None, :], table, piece, context,
             context - length + token, factor,
             DIM, WIDTH, SLAB, BLOCK_SIZE, ROWS, TILE, PIECE, MULTIPLIED, INTERPRETED,
         )  # fmt: skip
-        _store_sums(sums, highest_sums, total_sums, number + piece, live, highest, total, left, right, DIM, WIDTH, SLAB)
-        stretch = piece // STRETCH
-        its_pieces = tl.minimum(pieces - stretch * STRETCH, STRETCH)
-        if is_last(counter + 1 + stretch, its_pieces):
-            into = tl.where(stretches == 1, -1, max_pieces + stretch)
-            _join(
-                sums, highest_sums, total_sums, stretch * STRETCH, its_pieces, into, length * GROUP, kv_head, entries,
-                output, scales, scales_pitch, rows.dtype.element_ty,
-                HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8, INTERPRETED,
-            )  # fmt: skip
-            if stretches > 1:  # noqa: SIM102 - a kernel's `and` would count both
-                if is_last(counter, stretches):
-                    _join(
-                        sums, highest_sums, total_sums, max_pieces, stretches, -1, length * GROUP, kv_head, entries,
-                        output, scales, scales_pitch, rows.dtype.element_ty,
-                        HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8, INTERPRETED,
-                    )  # fmt: skip
+        if pieces == 1:
+            _write(into, row, live, total, side_by_side(left, right, WIDTH), dtype, HEADS, DIM, TO_FP8, INTERPRETED)
+        else:
+            _store_sums(memory, row * entries + piece % held, live, highest, total, left, right, DIM, WIDTH, SLAB)
+            stretch = piece // STRETCH
+            its_pieces = tl.minimum(pieces - stretch * STRETCH, STRETCH)
+            if is_last(counter + 1 + stretch, its_pieces):
+                target = tl.where(stretches == 1, -1, held + stretch)
+                _join(
+                    memory, stretch * STRETCH % held, its_pieces, target, length * GROUP, kv_head, entries, into,
+                    dtype, HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8, INTERPRETED,
+                )  # fmt: skip
+                if stretches > 1:  # noqa: SIM102 - a kernel's `and` would count both
+                    if is_last(counter, stretches):
+                        _join(
+                            memory, held, stretches, -1, length * GROUP, kv_head, entries, into,
+                            dtype, HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8, INTERPRETED,
+                        )  # fmt: skip

@@ -13,15 +13,25 @@ from torch import Tensor
 
 from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
 
-PIECE = 256
-"""Positions of a context whose sum is one program's, and whose partial result is 2 % of the bytes that it read.
+PIECE = 128
+"""Positions of a context whose sum is one program's. A warp goes through a piece by tiles of 32 keys, each waited for
+and then multiplied, some 1.5 us by an estimate; so a sequence that is alone waits for one piece and for the joins:
 
-At 4 096 positions a single sequence of four KV heads then has 64 programs. Twice as many positions would halve them,
-half as many would double what is written and read again.
+    sequences x positions     pieces of 4 KV heads      at once, of 1 188 programs
+            1 x   1 024            32                   32: 4 tiles one after the other, 6 us; 12 us with 256 positions
+            1 x   8 192           256                   256: as long
+            1 x 131 072         4 096                   1 188, four pieces each: as long as memory takes, 56 us in bf16
+           32 x   1 024         1 024                   1 024, memory's limit; with 256 positions half as many
+          256 x   1 024         8 192                   1 024, eight pieces each
+
+A piece's sums are 4 % of the bytes of bf16 keys and values that it reads, written and read again; half as many
+positions would make it 8 %. Chunks join once a piece, which takes a warp 1 200 instructions beside the 3 100 of its
+tiles, and a third level once a stretch, 1 000 beside 69 000.
 """
-STRETCH = 8
-"""Pieces that are joined among themselves first: one program alone would be long at the 512 pieces of 131 072
-positions. A context of n pieces takes 8 + n / 8 joins one after the other, instead of n."""
+STRETCH = 16
+"""Pieces that are joined among themselves first: one program alone would be long at the 1 024 pieces of 131 072
+positions. A context of n pieces takes 16 + n / 16 joins one after the other, instead of n, and up to 2 048 positions
+need no second round."""
 TILE = 32
 """Keys visited at once: with 64 the registers of neither kernel hold the scores, and every tile spills."""
 MAX_ROWS = 64
@@ -102,6 +112,14 @@ def join(highest, total, left, right, next_highest, next_total, next_left, next_
 
 
 @triton.jit
+def side_by_side(left, right, WIDTH: tl.constexpr):
+    """Two slabs of columns [ROWS, SLAB], or one that has them all -> [ROWS, WIDTH]."""
+    if left.shape[1] == WIDTH:
+        return left
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], WIDTH))
+
+
+@triton.jit
 def as_query(query, MULTIPLIED: tl.constexpr, INTERPRETED: tl.constexpr):
     """A query in the type of the product, as far as that reaches."""
     if query.dtype == tl.bfloat16 and tl.float16 == MULTIPLIED:
@@ -137,7 +155,8 @@ def piece_sums(
     MULTIPLIED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The sums of `piece` for rows [ROWS] that stand at `positions`; no key from `limit` on is read.
+    """The sums of `piece` for rows [ROWS] that stand at `positions`; no key from `limit` on is read: in a tile that
+    reaches beyond, the last before it stands for them, with no weight.
 
     `keys` are the places of slot 0 by columns [WIDTH, 1], `values` those of the first slab [1, SLAB]. The values are
     taken in two slabs of 64 columns where D is 128: with more columns than rows the compiler would share out a row's
@@ -147,9 +166,9 @@ def piece_sums(
     columns, slab = tl.arange(0, WIDTH), tl.arange(0, SLAB)[None, :]
     for begin in range(piece * PIECE, tl.minimum((piece + 1) * PIECE, limit), TILE):
         at = begin + tl.arange(0, TILE)
-        inside = at < limit
-        slots = tl.load(table + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64) * BLOCK_SIZE + at % BLOCK_SIZE
-        key = tl.load(keys + slots[None, :] * DIM, mask=(columns < DIM)[:, None] & inside[None, :], other=0.0)
+        near = tl.minimum(at, limit - 1)
+        slots = tl.load(table + near // BLOCK_SIZE).to(tl.int32) * BLOCK_SIZE + near % BLOCK_SIZE
+        key = tl.load(keys + slots[None, :].to(tl.int64) * DIM, mask=(columns < DIM)[:, None], other=0.0)
         key = _as_multiplied(key, MULTIPLIED, INTERPRETED)
         scores = dot(query, key, tl.zeros([ROWS, TILE], tl.float32), INTERPRETED)
         scores = tl.where(at[None, :] <= positions[:, None], scores, float("-inf"))
@@ -160,12 +179,12 @@ def piece_sums(
         highest = highest_now
         total = total * shrink + tl.sum(weights, axis=1)
         weights = narrow(weights, MULTIPLIED, INTERPRETED)
-        value = tl.load(values + slots[:, None] * DIM, mask=inside[:, None] & (slab < DIM), other=0.0)
+        value = tl.load(values + slots[:, None].to(tl.int64) * DIM, mask=slab < DIM, other=0.0)
         value = _as_multiplied(value, MULTIPLIED, INTERPRETED)
         left = dot(weights, value, left * shrink[:, None], INTERPRETED)
         if SLAB < WIDTH:
-            there = inside[:, None] & (SLAB + slab < DIM)
-            value = tl.load(values + slots[:, None] * DIM + SLAB, mask=there, other=0.0)
+            place = values + SLAB + slots[:, None].to(tl.int64) * DIM
+            value = tl.load(place, mask=SLAB + slab < DIM, other=0.0)
             value = _as_multiplied(value, MULTIPLIED, INTERPRETED)
             right = dot(weights, value, right * shrink[:, None], INTERPRETED)
     return highest, total, left, right

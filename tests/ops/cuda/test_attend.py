@@ -145,6 +145,57 @@ def test_a_plan_for_longer_ones_gives_the_same(device: torch.device) -> None:
     assert torch.equal(attend(*rows, plan), expected.flatten(1))
 
 
+@pytest.mark.parametrize("form", ["plain", "fp8"])
+def test_padding_of_a_step_with_drafts_changes_nothing_that_is_somebodys(
+    form: ops.RowForm, device: torch.device
+) -> None:
+    """As `tern.engine.graphs` pads five rows to eight: a row of the shortest context again, which writes into a spare
+    block, and as many empty sequences as there are rows too many.
+    """
+    case = Case(device, [(3, 66), (1, 9), (1, 130), (0, 16)], head_dim=128)
+    expected, *caches = case.expected()
+    spare = int(case.plan.block_tables[3, 0])
+    rows = torch.tensor([0, 1, 2, 3, 4, 3, 3, 3], device=device)
+    slots = case.slots[rows]
+    slots[5:] = spare * BLOCK_SIZE
+    starts, contexts = (
+        torch.tensor(numbers, device=device) for numbers in ([0, 3, 4, 5, 6, 7, 8, 8, 8], [66, 9, 130, 9, 9, 9, 0, 0])
+    )
+    owners = torch.tensor([0, 1, 2, 1, 1, 1, 3, 3], device=device)
+    plan = GpuPlan(starts, contexts, case.plan.block_tables[owners], 6, 20 * PIECE)
+    mine = [case.keys.clone(), case.values.clone()]
+    found = attend(case.qkv[rows], *(table[rows] for table in case.tables), slots, *mine, plan, form)
+    if isinstance(found, Fp8Rows):
+        wanted = round_rows_to_fp8(expected.flatten(1).cpu())
+        assert same(found.values[:5].cpu(), wanted.values)
+        assert torch.equal(found.scales[:5].cpu(), wanted.scales)
+    else:
+        assert torch.equal(found[:5], expected.flatten(1))
+    for cache, theirs in zip(mine, caches, strict=True):
+        padded, plain = (one.view(2, -1, 128)[:, spare * BLOCK_SIZE] for one in (cache, theirs))
+        assert not same(padded, plain)
+        padded.copy_(plain)
+        assert same(cache, theirs)
+    assert not counters(device).any()
+
+
+@pytest.mark.parametrize("programs", [1, 3, 64])
+def test_sequences_without_rows_stand_anywhere(
+    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some have contexts, others none, and those with rows give what they give alone."""
+    monkeypatch.setattr(attention_few, "PROGRAMS", programs)
+    case = Case(device, [(0, 70), (2, 5 * PIECE + 1), (0, 1), (0, 64), (1, 3), (3, 3 * PIECE), (0, 9)])
+    case.plan.context_lens[2] = 0
+    case.check()
+    together, *_ = case.expected()
+    alone = Case(device, [(2, 5 * PIECE + 1), (1, 3), (3, 3 * PIECE)])
+    alone.keys, alone.values = case.keys, case.values
+    alone.qkv, alone.tables, alone.slots = case.qkv, case.tables, case.slots
+    alone.plan.block_tables.copy_(case.plan.block_tables[[1, 4, 5]])
+    assert torch.equal(alone.expected()[0], together)
+
+
 def test_an_empty_step_is_empty(device: torch.device) -> None:
     case = Case(device, [(0, 5), (0, 9)])
     assert attend(*case.rows(), case.plan).shape == (0, 160)
