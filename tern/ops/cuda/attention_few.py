@@ -90,6 +90,7 @@ def attend_few(
             plan.block_tables.stride(0),
             pieces,
             stretches,
+            few,
             score_factor(head_dim),
             TURN=tokens is not None,
             TO_FP8=scales is not None,
@@ -99,12 +100,12 @@ def attend_few(
 
 def _constants(rows: Tensor, heads: int, key_cache: Tensor, few: int) -> dict[str, Any]:
     """The kernel's, for sequences of at most `few` queries."""
-    wanted = triton.next_power_of_2(few * heads // key_cache.shape[0])
-    sizes = parts.constants(rows.dtype, heads, key_cache, max(parts.LEAST_ROWS, wanted))
+    group = heads // key_cache.shape[0]
+    sizes = parts.constants(rows.dtype, heads, key_cache, max(parts.LEAST_ROWS, triton.next_power_of_2(few * group)))
     joined = max(1, _JOINED * sizes["num_warps"] // sizes["WIDTH"])
     return sizes | {
-        "FEW": few,
-        "TOKENS": triton.next_power_of_2(few),
+        # As many as the rows hold: a kernel for each number of queries would be compiled while somebody waits.
+        "TOKENS": 1 if few == 1 else triton.next_power_of_2(sizes["ROWS"] // group),
         "JOINED": min(sizes["ROWS"], joined),
         "AT_ONCE": _AT_ONCE,
         # Those of nine programs fit into a multiprocessor then; what is spilled for it is not in the loop over tiles.
@@ -275,7 +276,7 @@ def _join(
             tl.store(sums + (mine + into)[:, None] * DIM + columns, mixed, mask=inside)
 
 
-@triton.jit(do_not_specialize=["table_stride", "max_pieces", "max_stretches"])
+@triton.jit(do_not_specialize=["table_stride", "max_pieces", "max_stretches", "few"])
 def _attend_few(
     rows,
     cosines,
@@ -297,6 +298,7 @@ def _attend_few(
     table_stride,
     max_pieces,
     max_stretches,
+    few,
     factor,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -310,7 +312,6 @@ def _attend_few(
     STRETCH: tl.constexpr,
     JOINED: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    FEW: tl.constexpr,
     TOKENS: tl.constexpr,
     TURN: tl.constexpr,
     TO_FP8: tl.constexpr,
@@ -321,7 +322,7 @@ def _attend_few(
     programs.
 
     It should meet the limit of memory: one warp for the 16 rows of a product, 21 KB of tiles on their way, so that nine
-    such programs share a multiprocessor. `sums` [sequences * FEW, HEADS, pieces and behind them stretches, D] and
+    such programs share a multiprocessor. `sums` [sequences * few, HEADS, pieces and behind them stretches, D] and
     [the same without D] twice are for what the programs tell each other.
     """
     first, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -329,7 +330,7 @@ def _attend_few(
     length = (tl.load(query_starts + sequence + 1) - start).to(tl.int32)
     context = tl.load(context_lens + sequence).to(tl.int32)
     pieces = tl.cdiv(context, PIECE)
-    if (length > FEW) | (length <= 0) | (first >= pieces):
+    if (length > few) | (length <= 0) | (first >= pieces):
         return
     KV_HEADS: tl.constexpr = HEADS // GROUP
     ROW_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS if TURN else HEADS
@@ -350,7 +351,7 @@ def _attend_few(
     query = as_query(query, MULTIPLIED, INTERPRETED)
     table = block_tables + sequence.to(tl.int64) * table_stride
     entries = max_pieces + max_stretches
-    before = sequence.to(tl.int64) * FEW * HEADS * entries
+    before = sequence.to(tl.int64) * few * HEADS * entries
     sums, highest_sums, total_sums = sums + before * DIM, highest_sums + before, total_sums + before
     number = (token * HEADS + head).to(tl.int64) * entries
     output, scales = output + start * HEADS * DIM, scales + start * HEADS
