@@ -115,8 +115,9 @@ def capture_for(device: torch.device, *, enforce_eager: bool) -> Capture | None:
 class StepGraphs:
     """A pass over the rows of a decode step, `compute`: batch -> hidden states [rows, hidden_size], within `limits`.
 
-    All graphs are captured when this is made, the largest first, with a progress bar of that `title` if there is one;
-    that takes a second or some.
+    All graphs are captured when this is made, with a progress bar of that `title` if there is one; that takes a second
+    or some. What needs the most memory comes first, and the others find room in it: attention keeps sums for as many
+    queries as there may be.
     """
 
     def __init__(
@@ -136,9 +137,9 @@ class StepGraphs:
         keys = [(False, size) for size in self.sizes] + [(True, size) for size in self.drafted_sizes]
         with current(device), item_progress(title or "", len(keys), enabled=title is not None) as advance:
             self._inputs.receive(_nobodys(limits))  # warm-ups must write where nobody's keys are
-            for drafted, size in sorted(keys, key=lambda key: -key[1]):
-                query_len = 1 + limits.max_drafts if drafted else 1
-                batch = self._inputs.batch(size, query_len, limits.max_context_len)
+            query_lens = {False: 1, True: 1 + limits.max_drafts}
+            for drafted, size in sorted(keys, key=lambda key: -key[1] * query_lens[key[0]]):
+                batch = self._inputs.batch(size, query_lens[drafted], limits.max_context_len)
                 self._graphs[drafted, size] = capture(partial(compute, batch))
                 advance(1)
 

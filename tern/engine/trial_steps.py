@@ -26,7 +26,7 @@ def trial_step(
     chunks, first, blocks = [], 0, 0
     for place, length in enumerate(lengths):
         ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
-        request = Request(f"trial-{place}", tuple(ids), params, _Nobody())
+        request = Request(f"trial-{place}", tuple(ids), params, Nobody())
         state = SamplingState(request, frozenset())
         sequence = Sequence(request, max_length=max_model_len, stop_ids=frozenset(), sampling=state)
         owned = -(-length // block_size)
@@ -37,7 +37,7 @@ def trial_step(
     return chunks, blocks
 
 
-class _Nobody:
+class Nobody:
     """A sink that is given nothing."""
 
     def push(self, token: GeneratedToken) -> Steering:  # noqa: ARG002

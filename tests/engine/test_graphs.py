@@ -21,6 +21,7 @@ from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk
 from tern.engine.sequence import Sequence as EngineSequence
 from tern.model import ErnieModel, KVCache
+from tern.model.batch import Batch
 
 BLOCK = 4
 ROWS = 11  # no power of two, and no multiple of 8
@@ -35,6 +36,23 @@ def test_sizes_are_those_of_the_field_up_to_the_largest_step() -> None:
     assert graph_sizes(8) == [1, 2, 4, 8]
     assert graph_sizes(30) == [1, 2, 4, 8, 16, 24, 30]
     assert graph_sizes(256)[-3:] == [240, 248, 256]
+
+
+def test_what_needs_the_most_memory_is_captured_first() -> None:
+    queries: list[int] = []
+
+    def compute(batch: Batch) -> torch.Tensor:
+        queries.append(len(batch.token_ids) * batch.max_query_len)
+        return torch.zeros(len(batch.token_ids), 1)
+
+    def capture(graph: Compute) -> Compute:
+        graph()
+        return graph
+
+    limits = GraphLimits(256, DRAFTS, LENGTH, BLOCK, spare_block=BLOCKS)
+    StepGraphs(compute, torch.device("cpu"), limits, capture=capture)
+    assert queries == sorted(queries, reverse=True)
+    assert queries[0] == 64 * (1 + DRAFTS)
 
 
 def test_steps_with_drafts_have_sizes_of_their_own() -> None:

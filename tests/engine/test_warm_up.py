@@ -75,11 +75,30 @@ def test_a_step_lies_on_the_device_where_kernels_read_widest(tokens: int) -> Non
 @pytest.mark.parametrize("quantization", ["none", "block_wise_fp8"])
 def test_nothing_is_compiled_behind_the_start(quantization: str) -> None:
     """Every kernel that a step of any size asks for, one of those at the start has asked for."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.engine.kernel_variants", quantization]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    counts = {name: tuple(map(int, numbers)) for name, *numbers in map(str.split, done.stdout.splitlines())}
+    counts = {
+        name: tuple(map(int, numbers))
+        for name, *numbers in map(str.split, told("kernel_variants", quantization).splitlines())
+    }
     assert "tern.ops.cuda.products._product" in counts
     assert {name: late for name, (_, _, late) in counts.items() if late} == {}
     assert sum(found for _, found, _ in counts.values()) <= MOST_KERNELS, counts
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_to_begin_a_step_waits_for_no_tensor() -> None:
+    """Tensors without memory refuse to be read. A step's numbers go to the device in one copy, and so do those of the
+    tokens before it, the masks of grammars, and which sequences go on if some do not.
+    """
+    kinds = [
+        f"{how} {what}" for how in ("graphs", "eager") for what in ("decode 1", "follow 4", "drafts 1", "prompt 1")
+    ]
+    assert told("host_waits").splitlines() == kinds
+
+
+def told(program: str, *arguments: str) -> str:
+    """What a program of this folder prints, in a process of its own that does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-m", f"tests.engine.{program}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
