@@ -82,15 +82,20 @@ def drafted_sizes(max_num_seqs: int, max_drafts: int) -> list[int]:
 
 
 class CudaCapture:
-    """Captures into CUDA graphs that share one pool of memory: only one of them runs at a time."""
+    """Captures into CUDA graphs that share one pool of memory: only one of them runs at a time.
+
+    All on one stream of the device: what torch frees on a stream it gives to nobody on another, and its own stream for
+    captures belongs to the card on which it was first used.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Compute) -> Compute:
         """Run `compute` to warm up, then record it. Raises what torch raises if it does what no graph can."""
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side = self._side
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,34 @@ def test_what_needs_the_most_memory_is_captured_first() -> None:
     StepGraphs(compute, torch.device("cpu"), limits, capture=capture)
     assert queries == sorted(queries, reverse=True)
     assert queries[0] == 64 * (1 + DRAFTS)
+
+
+def test_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reuses what is free in a pool on the stream alone that it was allocated on."""
+    captured: list[tuple[object, object]] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device == torch.device("cuda:1")
+
+        def wait_stream(self, _: object) -> None: ...
+
+    @contextmanager
+    def graph(_: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:  # noqa: ARG001
+        captured.append((pool, stream))
+        yield
+
+    device = torch.device("cuda:1")
+    fakes = {"Stream": Stream, "graph": graph, "CUDAGraph": object, "graph_pool_handle": object}
+    fakes |= {"stream": nullcontext, "current_stream": Stream}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", fake)
+    capture = capture_for(device, enforce_eager=False)
+    assert capture is not None
+    for _ in range(3):
+        capture(lambda: torch.zeros(1))
+    assert len(captured) == 3
+    assert len(set(captured)) == 1
 
 
 def test_steps_with_drafts_have_sizes_of_their_own() -> None:
