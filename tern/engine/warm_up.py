@@ -19,6 +19,10 @@ from tern.engine.trial_steps import trial_step
 MANY = 32
 """A chunk that attention computes by other kernels than those of a few queries, which may stand beside it."""
 
+SPLIT_TOKENS = 256
+"""The most tokens of a step where the processor has the experts, over which it takes long: what it leaves to the GPU
+meets in larger steps no kinds but those of the largest, which has been computed when memory was measured."""
+
 
 def warm_up_steps(max_num_seqs: int, max_num_batched_tokens: int, max_length: int) -> list[list[int]]:
     """Steps by the lengths of their prompts: powers of two of tokens to the most, and a few beside many."""
@@ -41,7 +45,8 @@ def warm_up(runner: Runner, options: EngineOptions, max_model_len: int, *, predi
     """Compute steps in the cache's first blocks, which no sequence has yet; with `predicts` the predictor follows."""
     model = runner.model
     vocab = model.config.vocab_size
-    steps = warm_up_steps(options.max_num_seqs, options.max_num_batched_tokens, max_model_len - 1)
+    most = min(options.max_num_batched_tokens, SPLIT_TOKENS) if model.is_split else options.max_num_batched_tokens
+    steps = warm_up_steps(options.max_num_seqs, most, max_model_len - 1)
     with current(model.device), item_progress("Kernels", len(steps), enabled=progress) as advance:
         for lengths in steps:
             chunks, _ = trial_step(
