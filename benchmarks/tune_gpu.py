@@ -68,10 +68,10 @@ def random_weight(shape: Shape) -> GpuWeight:
     scales = torch.rand(*stack, rows, device=device)
     if shape.kind == "int8":
         values = torch.randint(-127, 128, (*stack, rows, shape.depth), device=device, dtype=torch.int8)
-        return RowPackedWeight(values, None, scales, shape.depth)
-    values = torch.randint(0, 256, (*stack, rows, shape.depth // 2), device=device, dtype=torch.uint8)
+        return RowPackedWeight(values.view(torch.int32), None, scales, shape.depth)
+    values = torch.randint(-128, 128, (*stack, rows, shape.depth // 2), device=device, dtype=torch.int8)
     factors = torch.randint(1, 9, (*stack, rows, shape.depth // 32), device=device, dtype=torch.int8)
-    return RowPackedWeight(values, factors, scales, shape.depth)
+    return RowPackedWeight(values.view(torch.int32), factors, scales, shape.depth)
 
 
 def time_tile(shape: Shape, weight: GpuWeight, tile: Tile) -> float:

@@ -158,12 +158,12 @@ def weight_sizes(config: ErnieConfig, quantization: str | None) -> dict[str, Siz
 def _packed_size(shape: tuple[int, ...], bits: int | None) -> RowPackedWeight:
     """A weight of whole numbers, row by row (see `RowPackedWeight`)."""
     *rows, inner = shape
-    groups = -(-inner // GROUP)
+    depth = -(-inner // BLOCK) * BLOCK
     scales = _meta(tuple(rows), torch.float32)
     if bits == 8:
-        return RowPackedWeight(_meta((*rows, groups * GROUP), torch.int8), None, scales, inner)
-    values = _meta((*rows, groups * GROUP // 2), torch.uint8)
-    return RowPackedWeight(values, _meta((*rows, groups), torch.int8), scales, inner)
+        return RowPackedWeight(_meta((*rows, depth // 4), torch.int32), None, scales, inner)
+    values = _meta((*rows, depth // 8), torch.int32)
+    return RowPackedWeight(values, _meta((*rows, depth // GROUP), torch.int8), scales, inner)
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

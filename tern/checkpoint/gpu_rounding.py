@@ -63,7 +63,7 @@ def round_tied_head(tensors: dict[str, ops.Weight], config: ErnieConfig, quantiz
 def rounded_bytes(name: str, shape: tuple[int, ...], quantization: str) -> int:
     """The bytes that `round_matrices` makes of a parameter."""
     *stack, rows, depth = shape
-    count, whole = math.prod(stack), round_up(depth, GROUP)
+    count, whole = math.prod(stack), round_up(depth, BLOCK)
     if quantization in FP8_QUANTIZATIONS:
         block_wise = FP8_QUANTIZATIONS[quantization]
         scales = -(-rows // BLOCK) * -(-depth // BLOCK) if block_wise else 1

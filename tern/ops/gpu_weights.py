@@ -27,11 +27,10 @@ ROUNDED_NUMBERS = 2**23
 class RowPackedWeight:
     """A `PackedWeight` [out, in], or a stack [experts, out, in], row by row.
 
-    w = scale * v with v int8 for 8 bits, w = scale * factor * q for 4. `values`: int8 [..., out, depth], or uint8
-    [..., out, depth / 2] with q + 8 of depth 2i in the low nibble and of 2i + 1 in the high one. `factors`: int8
-    [..., out, depth / 32] for 4 bits. `scales`: float32 [..., out]. `depth` is `in_features` rounded up to groups of 32
-    with zeros. Every v and every factor * q is a whole number that bfloat16 holds exactly, so that a product
-    with a row's integers needs the scale only at its end.
+    w = scale * v with v int8 for 8 bits, w = scale * factor * q for 4. `values`: int32 [..., out, depth * bits / 32],
+    words of v or q (see `_words`). `factors`: int8 [..., out, depth / 32] for 4 bits. `scales`: float32
+    [..., out]. `depth` is `in_features` rounded up to blocks of 128 with zeros. Every v and every factor * q is a whole
+    number that bfloat16 holds exactly, so that a product with a row's integers needs the scale only at its end.
     """
 
     values: Tensor
@@ -53,10 +52,10 @@ class RowPackedWeight:
             )
         scales = _rows(weight.scales, weight)
         if weight.factors is None:
-            return cls(_rows(weight.integers(), weight), None, scales, weight.in_features)
-        nibbles = (_rows(weight.quotients(), weight) + 8).to(torch.uint8)
-        values = nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
-        return cls(values, _rows(weight.group_factors(), weight), scales, weight.in_features)
+            return cls(_words(_rows(weight.integers(), weight), 8), None, scales, weight.in_features)
+        groups = _rows(weight.group_factors(), weight)
+        groups = functional.pad(groups, (0, -groups.shape[1] % (BLOCK // GROUP)))
+        return cls(_words(_rows(weight.quotients(), weight), 4), groups, scales, weight.in_features)
 
     @property
     def bits(self) -> int:
@@ -95,10 +94,8 @@ class RowPackedWeight:
 
     def integers(self) -> Tensor:
         """v, or factor * q: [..., out, depth] int8."""
-        if self.factors is None:
-            return self.values
-        q = torch.stack((self.values & 15, self.values >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-        return q * self.factors.repeat_interleave(GROUP, dim=-1)
+        whole = _whole(self.values, self.bits)
+        return whole if self.factors is None else whole * self.factors.repeat_interleave(GROUP, dim=-1)
 
     def floats(self) -> Tensor:
         """The weights that the numbers stand for, float32 in `shape`."""
@@ -286,3 +283,28 @@ def _rows(columns: Tensor, weight: PackedWeight) -> Tensor:
     """The columns of a weight without those that fill its parts up to panels."""
     parts = columns.view(weight.parts, -1, *columns.shape[1:])
     return parts[:, : weight.out_features // weight.parts].flatten(0, 1).contiguous()
+
+
+def _words(whole: Tensor, bits: int) -> Tensor:
+    """v, or q for 4 bits, int8 [rows, in], as words int32 [rows, depth * bits / 32].
+
+    A block of 128 depths is 4 * `bits` words. With its depths as [16 / bits, bits / 2, 2, 4, 2], axes i, u, h, t and j,
+    word (t, h, u) holds at its bits 16 * j + bits * i the number of depth (i, u, h, t, j), q as q + 8: these are the
+    numbers that a thread needs of a row as operands of a tensor core, side by side, two under one mask.
+    """
+    rows, depth = whole.shape
+    blocks = functional.pad(whole, (0, -depth % BLOCK)).view(rows, -(-depth // BLOCK), 16 // bits, bits // 2, 2, 4, 2)
+    parts = blocks.permute(0, 1, 5, 4, 3, 6, 2)
+    if bits == 4:
+        nibbles = (parts + 8).to(torch.uint8)
+        parts = nibbles[..., ::2] | (nibbles[..., 1::2] << 4)
+    return parts.reshape(rows, blocks.shape[1] * BLOCK * bits // 8).view(torch.int32)
+
+
+def _whole(words: Tensor, bits: int) -> Tensor:
+    """The numbers of `_words`, of whose rows there may be stacks: int8 [..., rows, depth]."""
+    parts = words.contiguous().view(torch.int8 if bits == 8 else torch.uint8)
+    if bits == 4:
+        parts = torch.stack((parts & 15, parts >> 4), dim=-1).to(torch.int8) - 8
+    blocks = parts.reshape(-1, 4, 2, bits // 2, 2, 16 // bits).permute(0, 5, 3, 2, 1, 4)
+    return blocks.reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)

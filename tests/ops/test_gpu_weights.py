@@ -21,7 +21,7 @@ from tern.ops.gpu_weights import (
 from tern.ops.packed import unpack
 from tests.memory_peak import MemoryPeak
 
-SHAPES = [(16, 32), (40, 96), (5, 33), (6, 100), (34, 64)]
+SHAPES = [(16, 32), (40, 96), (5, 33), (6, 100), (34, 64), (3, 128), (4, 130), (2, 300)]
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,6 +38,8 @@ def test_rows_hold_the_numbers_of_panels(shape: tuple[int, int], parts: int, bit
     rows = RowPackedWeight.of(packed)
     assert rows.bits == bits
     assert rows.shape == shape
+    assert rows.integers().shape == (shape[0], -(-shape[1] // BLOCK) * BLOCK)
+    assert not rows.integers()[:, shape[1] :].any()
     assert torch.equal(rows.floats(), unpack(packed))
     assert rows.integers().to(torch.bfloat16).float().equal(rows.integers().float())
 

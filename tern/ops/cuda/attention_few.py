@@ -19,7 +19,7 @@ from torch import Tensor
 from tern.ops.cuda import attention_parts as parts
 from tern.ops.cuda.arrival import MOST, counters, is_last
 from tern.ops.cuda.attention_parts import as_query, piece_sums, score_factor, shares
-from tern.ops.cuda.launch import narrow, tl, triton
+from tern.ops.cuda.launch import EARLY, announce, narrow, tl, triton, wait
 from tern.ops.cuda.rotary import turn
 from tern.ops.cuda.rounding import round_groups
 
@@ -91,10 +91,12 @@ def attend_few(
             pieces,
             stretches,
             few,
+            0 if scales is None else scales.stride(1),
             score_factor(head_dim),
             TURN=tokens is not None,
             TO_FP8=scales is not None,
             **_constants(rows, heads, caches[0], few),
+            **EARLY,
         )
 
 
@@ -212,6 +214,7 @@ def _join(
     entries,
     output,
     scales,
+    scales_pitch,
     dtype: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -234,7 +237,8 @@ def _join(
         row = begin + tl.arange(0, JOINED)
         live = row < rows
         inside = live[:, None] & (columns < DIM)
-        row = row // GROUP * HEADS + kv_head * GROUP + row % GROUP
+        token, head = row // GROUP, kv_head * GROUP + row % GROUP
+        row = token * HEADS + head
         mine = row.to(tl.int64) * entries
         highest = tl.full([JOINED], float("-inf"), tl.float32)
         total = tl.zeros([JOINED], tl.float32)
@@ -267,7 +271,7 @@ def _join(
             if TO_FP8:
                 codes, steps = round_groups(result.to(tl.float32), output.dtype.element_ty, INTERPRETED)
                 tl.store(output + place, codes, mask=inside)
-                tl.store(scales + row, steps, mask=live)
+                tl.store(scales + token + head * scales_pitch, steps, mask=live)
             else:
                 tl.store(output + place, result, mask=inside)
         else:
@@ -299,6 +303,7 @@ def _attend_few(
     max_pieces,
     max_stretches,
     few,
+    scales_pitch,
     factor,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -325,6 +330,8 @@ def _attend_few(
     such programs share a multiprocessor. `sums` [sequences * few, HEADS, pieces and behind them stretches, D] and
     [the same without D] twice are for what the programs tell each other.
     """
+    announce()
+    wait()
     first, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = tl.load(query_starts + sequence)
     length = (tl.load(query_starts + sequence + 1) - start).to(tl.int32)
@@ -354,7 +361,7 @@ def _attend_few(
     before = sequence.to(tl.int64) * few * HEADS * entries
     sums, highest_sums, total_sums = sums + before * DIM, highest_sums + before, total_sums + before
     number = (token * HEADS + head).to(tl.int64) * entries
-    output, scales = output + start * HEADS * DIM, scales + start * HEADS
+    output, scales = output + start * HEADS * DIM, scales + start
     counter += (sequence * KV_HEADS + kv_head) * (1 + max_stretches)
     stretches = tl.cdiv(pieces, STRETCH)
     for piece in range(first, pieces, tl.num_programs(0)):
@@ -370,12 +377,13 @@ def _attend_few(
             into = tl.where(stretches == 1, -1, max_pieces + stretch)
             _join(
                 sums, highest_sums, total_sums, stretch * STRETCH, its_pieces, into, length * GROUP, kv_head, entries,
-                output, scales, rows.dtype.element_ty, HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8, INTERPRETED,
+                output, scales, scales_pitch, rows.dtype.element_ty,
+                HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8, INTERPRETED,
             )  # fmt: skip
             if stretches > 1:  # noqa: SIM102 - a kernel's `and` would count both
                 if is_last(counter, stretches):
                     _join(
                         sums, highest_sums, total_sums, max_pieces, stretches, -1, length * GROUP, kv_head, entries,
-                        output, scales, rows.dtype.element_ty, HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8,
-                        INTERPRETED,
+                        output, scales, scales_pitch, rows.dtype.element_ty,
+                        HEADS, GROUP, DIM, WIDTH, JOINED, AT_ONCE, TO_FP8, INTERPRETED,
                     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tern.ops.cuda.launch import INTERPRETED, tl, triton
+from tern.ops.cuda.launch import EARLY, INTERPRETED, announce, tl, triton, wait
 from tern.ops.cuda.rounding import empty_fp8_rows, store_as_fp8
 from tern.ops.gpu_weights import BLOCK, Fp8Rows
 
@@ -18,7 +18,8 @@ def round_rows_to_fp8(x: Tensor) -> Fp8Rows:
     if rows and depth:
         tensors = (x, rounded.values, rounded.scales)
         grid = (rows, -(-groups // _GROUPS))
-        _round_rows[grid](*tensors, depth, groups, GROUPS=_GROUPS, WIDTH=BLOCK, INTERPRETED=INTERPRETED)
+        sizes = {"GROUPS": _GROUPS, "WIDTH": BLOCK, "INTERPRETED": INTERPRETED}
+        _round_rows[grid](*tensors, depth, rounded.scales.stride(1), **sizes, **EARLY)
     return rounded
 
 
@@ -38,14 +39,16 @@ def _round_rows(
     values,
     scales,
     depth,
-    groups,
+    pitch,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """`GROUPS` groups of one row [depth] of `x` -> `values`, and their `scales` [groups]."""
+    """`GROUPS` groups of one row [depth] of `x` -> `values`, and their `scales`, `pitch` apart."""
+    announce()
+    wait()
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS * WIDTH
     columns = first + tl.arange(0, GROUPS * WIDTH)
     wide = tl.load(x + row * depth + columns, mask=columns < depth, other=0.0).to(tl.float32)
-    of_row = scales + row * groups
-    store_as_fp8(wide, values + row * depth, of_row, first, depth, GROUPS * WIDTH, WIDTH, INTERPRETED)
+    at = values + row * depth, scales + row, pitch
+    store_as_fp8(wide, *at, first, depth, GROUPS * WIDTH, WIDTH, INTERPRETED)

@@ -22,8 +22,41 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait  # noqa: E402
 
-__all__ = ["INTERPRETED", "dot", "narrow", "tl", "triton"]
+__all__ = ["EARLY", "INTERPRETED", "announce", "ask_for", "dot", "narrow", "tl", "triton", "wait"]
+
+_OVERLAPS = tl.constexpr(not INTERPRETED and torch.cuda.get_device_capability()[0] >= 9)
+EARLY: dict[str, bool] = {"launch_pdl": True} if _OVERLAPS.value else {}
+"""What lets a kernel start while the one before it ends, from Hopper on (CUDA's programmatic dependent launch): its
+programs take the places that have become free, and what a launch costs is over when they are needed.
+
+Such a kernel calls `announce` and `wait` on every way, before it reads what another kernel wrote, writes anything or
+returns. Others begin when all that was launched before them has ended.
+"""
+
+
+@triton.jit
+def announce():
+    """Let the next kernel start: once all programs have said so, or ended."""
+    if _OVERLAPS:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait():
+    """Until all kernels before this one have ended, and what they wrote can be read."""
+    if _OVERLAPS:
+        gdc_wait()
+
+
+@triton.jit
+def ask_for(pointers):
+    """Have the 128 bytes at each pointer brought to the second cache, and do not wait for them."""
+    if _OVERLAPS:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tern.ops.cuda.launch import INTERPRETED, narrow, tl, triton
+from tern.ops.cuda.launch import EARLY, INTERPRETED, announce, narrow, tl, triton, wait
 from tern.ops.cuda.rounding import empty_fp8_rows, store_as_fp8
 from tern.ops.delta import Delta, ExpertOutputs
 from tern.ops.gpu_weights import BLOCK as GROUP
@@ -31,10 +31,11 @@ def add_rms_norm(
     rounded = empty_fp8_rows(rows, width, residual.dtype, residual.device, plain) if to_fp8 else None
     if rows:
         results = (plain, *((None, None) if rounded is None else (rounded.values, rounded.scales)), summed)
+        pitch = 0 if rounded is None else rounded.scales.stride(1)
         addends, kinds = _addends(delta)
         block = max(triton.next_power_of_2(width), GROUP if to_fp8 else 1)
         _add_rms_norm[(rows,)](
-            *(residual, weight, *results, *addends, width, eps),
+            *(residual, weight, *results, *addends, width, pitch, eps),
             **kinds,
             PLAIN=plain is not None,
             TO_FP8=to_fp8,
@@ -42,6 +43,7 @@ def add_rms_norm(
             BLOCK=block,
             GROUP=GROUP,
             num_warps=min(16, max(1, block // 256)),
+            **EARLY,
         )
     normed = plain if rounded is None else rounded
     assert normed is not None
@@ -78,6 +80,7 @@ def _add_rms_norm(
     pair_experts,
     shared,
     width,
+    pitch,
     eps,
     HAS_DELTA: tl.constexpr,
     HAS_SHARED: tl.constexpr,
@@ -93,12 +96,14 @@ def _add_rms_norm(
 
     If `PAIRS`, `delta` has so many rows a token, to be summed by their weights and with the `shared` row.
     """
+    announce()
     row = tl.program_id(0).to(tl.int64)
     start = row * width
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     dtype: tl.constexpr = residual.dtype.element_ty
     scaling = tl.load(weight + columns, mask=inside, other=0.0)
+    wait()
     if HAS_SHARED:
         beside = tl.load(shared + start + columns, mask=inside, other=0.0)
     if not HAS_DELTA:
@@ -122,8 +127,8 @@ def _add_rms_norm(
     if PLAIN:
         tl.store(normed + start + columns, result, mask=inside)
     if TO_FP8:
-        of_row = scales + row * tl.cdiv(width, GROUP)
-        store_as_fp8(result.to(tl.float32), values + start, of_row, 0, width, BLOCK, GROUP, INTERPRETED)
+        at = values + start, scales + row, pitch
+        store_as_fp8(result.to(tl.float32), *at, 0, width, BLOCK, GROUP, INTERPRETED)
 
 
 @triton.jit

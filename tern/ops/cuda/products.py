@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tern.ops.cuda.arrival import MOST, counters, is_last
 from tern.ops.cuda.fp8 import round_rows_to_fp8
-from tern.ops.cuda.launch import INTERPRETED, dot, narrow, tl, triton
+from tern.ops.cuda.integers import integers, nibbles
+from tern.ops.cuda.launch import EARLY, INTERPRETED, announce, ask_for, dot, narrow, tl, triton, wait
 from tern.ops.cuda.tiles import PROCESSORS, Kind, Shape, Sums, Tile, choose
-from tern.ops.gpu_weights import Fp8Rows, Fp8Weight, GpuWeight, RowPackedWeight, Rows, plain_rows
+from tern.ops.gpu_weights import BLOCK, Fp8Rows, Fp8Weight, GpuWeight, RowPackedWeight, Rows, plain_rows
 
 _GROUP_T = 8  # tiles of rows that share a weight's tile while it is in the cache
 
@@ -102,7 +103,7 @@ def multiply(
     apart = sums.splits > 1 and tiles_n * tiles_t < PROCESSORS
     assert not apart or tiles_n * tiles_t <= MOST, "a tile whose chunks are apart has a counter"
     even = depth % sums.block_k == 0 and (beside is None or beside.weight.shape[-1] % sums.block_k == 0)
-    stored = _stored(weight, words=even)
+    stored = _stored(weight)
     scales, *strides = _scales(weight)
     parts, arrived = out, out
     if apart:
@@ -110,8 +111,9 @@ def multiply(
         arrived = counters(x.device)
     order, starts = (values, values) if routing is None else (routing.order, routing.starts)
     added = scales if bias is None else bias
-    read, numbers = (out, values, x_scales, *stored, scales), (rows, columns, depth, stored[0].shape[-1])
-    others, other_numbers, other_tiles = _beside(beside, read, kind, tile, gated=gated, words=even)
+    read = out, values, x_scales, *stored, scales
+    numbers = rows, columns, depth, x_scales.stride(1), stored[0].shape[-1]
+    others, other_numbers, other_tiles = _beside(beside, read, kind, tile, gated=gated)
     _product[(other_tiles + tiles_n * tiles_t, sums.splits if apart else 1)](
         *(*read, added, order, starts, parts, arrived, *others),
         *(*numbers, sums.chunk(depth), tiles_n, tiles_t, *strides, *other_numbers),
@@ -120,32 +122,35 @@ def multiply(
         CHUNKS=sums.splits,
         APART=apart,
         EVEN_K=even,
+        UP_APART=gated and any(size % BLOCK for size in (columns, other_numbers[1])),
         DTYPE=_TYPES[x.dtype],
         BLOCK_K=sums.block_k,
         KIND=kind,
         GATED=gated,
         HAS_BIAS=bias is not None,
         INTERPRETED=INTERPRETED,
+        **EARLY,
     )
     return out
 
 
 def _beside(
-    beside: Beside | None, read: tuple[Tensor, ...], kind: Kind, tile: Tile, *, gated: bool, words: bool
+    beside: Beside | None, read: tuple[Tensor, ...], kind: Kind, tile: Tile, *, gated: bool
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
     """The kernel's tensors and numbers of the other product, and its tiles; without one `read` in their place."""
     if beside is None:
-        return read, (0,) * 8, 0
+        return read, (0,) * 9, 0
     weight_rows, depth = beside.weight.shape
     x = beside.x
     if x.shape[1] != depth or kind_of(beside.weight) != kind:
         raise ValueError(f"rows {list(x.shape)} cannot meet {list(beside.weight.shape)} beside experts of {kind}")
     values, x_scales = _operand(x, kind)
     columns = weight_rows // 2 if gated else weight_rows
-    stored = _stored(beside.weight, words=words)
+    stored = _stored(beside.weight)
     scales, _, scales_row, scales_depth = _scales(beside.weight)
     tiles_n, tiles_t = -(-columns // tile.block_n), -(-x.shape[0] // tile.block_t)
-    numbers = (x.shape[0], columns, depth, stored[0].shape[-1], tiles_n, tiles_t, scales_row, scales_depth)
+    sizes = (x.shape[0], columns, depth, x_scales.stride(1), stored[0].shape[-1])
+    numbers = (*sizes, tiles_n, tiles_t, scales_row, scales_depth)
     return (beside.out, values, x_scales, *stored, scales), numbers, tiles_n * tiles_t
 
 
@@ -153,6 +158,7 @@ def _operand(x: Rows, kind: Kind) -> tuple[Tensor, Tensor]:
     """Rows as the kernel reads them beside this kind of weight, and their scales; in place of none, the rows."""
     if kind == "fp8":
         rounded = x if isinstance(x, Fp8Rows) else round_rows_to_fp8(x)
+        assert rounded.scales.stride(0) == 1, "scales of neighbouring rows lie side by side: see `empty_fp8_rows`"
         return rounded.values, rounded.scales
     plain = plain_rows(x).contiguous()
     return plain, plain
@@ -179,13 +185,12 @@ def _tiles_of_rows(rows: int, routing: Routing | None, tile: Tile) -> int:
     return (rows + chosen * (tile.block_t - 1)) // tile.block_t
 
 
-def _stored(weight: GpuWeight, *, words: bool) -> tuple[Tensor, Tensor]:
-    """Values, and factors, four to an int32 if `words`; in their place something else where there are none."""
+def _stored(weight: GpuWeight) -> tuple[Tensor, Tensor]:
+    """Values, and factors four to a word; in their place something else where there are none."""
     values = (weight if isinstance(weight, Tensor) else weight.values).contiguous()
     if not isinstance(weight, RowPackedWeight) or weight.factors is None:
         return values, values
-    factors = weight.factors.contiguous()
-    return values, factors.view(torch.int32) if words else factors
+    return values, weight.factors.contiguous().view(torch.int32)
 
 
 def _scales(weight: GpuWeight) -> tuple[Tensor, int, int, int]:
@@ -226,6 +231,7 @@ def _product(
     rows,
     columns,
     depth,
+    x_pitch,
     pitch,
     chunk,
     tiles_n,
@@ -236,6 +242,7 @@ def _product(
     other_rows,
     other_columns,
     other_depth,
+    other_x_pitch,
     other_pitch,
     other_tiles_n,
     other_tiles_t,
@@ -255,12 +262,14 @@ def _product(
     GROUP_T: tl.constexpr,
     KIND: tl.constexpr,
     GATED: tl.constexpr,
+    UP_APART: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """A tile of `out` [rows, columns]. With `APART` a program adds up one chunk only, and leaves it in `parts` [CHUNKS,
     rows, weight rows] float32; the last of a tile's programs to arrive finishes the tile.
     """
+    announce()
     program = tl.program_id(0)
     others = other_tiles_n * other_tiles_t if BESIDE else 0
     routed = program >= others  # the other product comes first: its weight is deeper, its programs take the longest
@@ -272,11 +281,21 @@ def _product(
             values, factors, scales = other_values, other_factors, other_scales
         rows, columns = tl.where(routed, rows, other_rows), tl.where(routed, columns, other_columns)
         depth, pitch = tl.where(routed, depth, other_depth), tl.where(routed, pitch, other_pitch)
+        x_pitch = tl.where(routed, x_pitch, other_x_pitch)
         chunk = tl.where(routed, chunk, depth)
         tiles_n, tiles_t = tl.where(routed, tiles_n, other_tiles_n), tl.where(routed, tiles_t, other_tiles_t)
         scales_row = tl.where(routed, scales_row, other_scales_row)
         scales_depth = tl.where(routed, scales_depth, other_scales_depth)
     tile_n, tile_t = _place(program, tiles_n, tiles_t, GROUP_T)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    kept = tl.minimum(column, columns - 1)
+    begin = tl.program_id(1) * chunk
+    if BLOCK_T == 16 and (BESIDE or not EXPERTS):  # noqa: SIM102 - the compiler decides; of few rows with a known weight
+        if not routed or not EXPERTS:
+            _ask_for_weights(values, kept, pitch, begin, tl.minimum(begin + chunk, depth), KIND)
+            if GATED:
+                _ask_for_weights(values, kept + columns, pitch, begin, tl.minimum(begin + chunk, depth), KIND)
+    wait()
     expert, first, end = tile_t * 0, tile_t * BLOCK_T, rows
     if EXPERTS:
         if routed:
@@ -293,24 +312,31 @@ def _product(
             read = tl.where(routed, pairs // PAIRS, places)
         else:
             written = tl.where(routed, pairs, places)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    kept = tl.minimum(column, columns - 1)
+    scales_read = read
+    if not (EXPERTS and GATED):  # rows follow each other, and so do their scales, past the end too
+        x_scales += first
+        scales_read = tl.arange(0, BLOCK_T)
     halves: tl.constexpr = 2 if GATED else 1
     row = kept.to(tl.int64) + expert * columns * halves
-    scale_at = expert * scales_expert + (kept // 128) * scales_row
-    up_scale_at = expert * scales_expert + ((kept + columns) // 128) * scales_row
+    # A tile's rows share a scale for each 128 depths; those of `up` do where gate ends with a block of 128.
+    scale_at = expert * scales_expert + tile_n * BLOCK_N // 128 * scales_row
+    if UP_APART:
+        up_scale_at = expert * scales_expert + ((kept + columns) // 128)[:, None] * scales_row
+    else:
+        up_scale_at = scale_at + columns // 128 * scales_row
     if not APART:
         scale, shift, up_scale, up_shift = _line(scales, bias, row[:, None], columns, KIND, GATED, HAS_BIAS)
-    begin = tl.program_id(1) * chunk
     gate, up = _chunk(
-        *(x, x_scales, read, values, factors, scales, row, row + columns, scale_at, up_scale_at, scales_depth),
+        *(x, x_scales, read, scales_read, x_pitch, values, factors, scales, row, row + columns),
+        *(scale_at, up_scale_at, scales_depth),
         *(begin, tl.minimum(begin + chunk, depth), depth, pitch),
         *(EVEN_K, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K, KIND, GATED, INTERPRETED),
     )
     for index in range(1, 1 if APART else CHUNKS):
         begin = index * chunk
         more, more_up = _chunk(
-            *(x, x_scales, read, values, factors, scales, row, row + columns, scale_at, up_scale_at, scales_depth),
+            *(x, x_scales, read, scales_read, x_pitch, values, factors, scales, row, row + columns),
+            *(scale_at, up_scale_at, scales_depth),
             *(begin, tl.minimum(begin + chunk, depth), depth, pitch),
             *(EVEN_K, DTYPE, BLOCK_N, BLOCK_T, BLOCK_K, KIND, GATED, INTERPRETED),
         )
@@ -338,6 +364,19 @@ def _product(
     else:
         result = _finish(gate, up, scale, shift, up_scale, up_shift, DTYPE, KIND, GATED, HAS_BIAS, INTERPRETED)
         tl.store(out + place, result, mask=stored)
+
+
+@triton.jit
+def _ask_for_weights(values, row, pitch, begin, end, KIND: tl.constexpr):
+    """Have the first KiB of each of a weight's `row`s from depth `begin` on brought to the second cache.
+
+    That is done while the kernel before ends. A KiB: with the 64 KiB of a tile, those of all programs that fit on the
+    card at once take half of that cache.
+    """
+    depths: tl.constexpr = 8 if KIND == "int4" else 4 if KIND == "int8" else 1  # of a stored number
+    line: tl.constexpr = 1024 // values.dtype.element_ty.primitive_bitwidth
+    at = tl.minimum(begin // depths + tl.arange(0, 8) * line, (end - 1) // depths)
+    ask_for(values + row.to(tl.int64)[:, None] * pitch + at[None, :])
 
 
 @triton.jit
@@ -380,6 +419,8 @@ def _chunk(
     x,
     x_scales,
     x_row,
+    x_scales_row,
+    x_pitch,
     values,
     factors,
     scales,
@@ -402,12 +443,17 @@ def _chunk(
     INTERPRETED: tl.constexpr,
 ):
     """The sums [BLOCK_N, BLOCK_T] over `begin` <= k < `end` for the weight's `row`s, and for `up_row`s if `GATED`."""
+    tl.assume(begin < end)  # sums that a loop without rounds would leave at zero make each product wait for the last
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = gate
     x_at = x + x_row.to(tl.int64)[None, :] * depth
-    x_scale_at = x_scales + x_row.to(tl.int64) * ((depth + 127) // 128)
-    if KIND == "fp8":  # scales are loaded a tile ahead: unlike operands of `dot`, the compiler does not do that
-        x_scale = tl.load(x_scale_at + begin // 128)
+    x_scale_at = x_scales + x_scales_row
+    # Scales are loaded a tile ahead: unlike operands of `dot`, the compiler does not do that. Those of many rows would
+    # take too many registers, and arrive while their tile is multiplied.
+    AHEAD: tl.constexpr = BLOCK_T < 64
+    if KIND == "fp8":
+        if AHEAD:
+            x_scale = tl.load(x_scale_at + begin // 128 * x_pitch)
         scale = tl.load(scales + scale_at + (begin // 128) * scales_depth)
         up_scale = tl.load(scales + up_scale_at + (begin // 128) * scales_depth)
     for k in range(begin, end, BLOCK_K):
@@ -419,10 +465,13 @@ def _chunk(
         weights = _weights(values, factors, row, pitch, k, EVEN_K, DTYPE, BLOCK_N, BLOCK_K, KIND, INTERPRETED)
         if KIND == "fp8":
             ahead = tl.minimum(k + BLOCK_K, end - 1) // 128
-            next_x_scale = tl.load(x_scale_at + ahead)
+            if AHEAD:
+                next_x_scale = tl.load(x_scale_at + ahead * x_pitch)
+            else:
+                x_scale = tl.load(x_scale_at + k // 128 * x_pitch)
             next_scale = tl.load(scales + scale_at + ahead * scales_depth)
             sums = dot(weights, tokens, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), INTERPRETED)
-            gate += sums * (scale[:, None] * x_scale[None, :])
+            gate += sums * (scale * x_scale)[None, :]
             scale = next_scale
         else:
             gate = dot(weights, tokens, gate, INTERPRETED)
@@ -431,11 +480,11 @@ def _chunk(
             if KIND == "fp8":
                 next_up_scale = tl.load(scales + up_scale_at + ahead * scales_depth)
                 sums = dot(weights, tokens, tl.zeros((BLOCK_N, BLOCK_T), tl.float32), INTERPRETED)
-                up += sums * (up_scale[:, None] * x_scale[None, :])
+                up += sums * (up_scale * x_scale[None, :])
                 up_scale = next_up_scale
             else:
                 up = dot(weights, tokens, up, INTERPRETED)
-        if KIND == "fp8":
+        if KIND == "fp8" and AHEAD:
             x_scale = next_x_scale
     return gate, up
 
@@ -456,22 +505,16 @@ def _weights(
 ):
     """A tile [BLOCK_N, BLOCK_K] of a weight from depth `k` on: as it is, or the integers as floats. Zero past its end.
 
-    Of 4 bits, a byte holds two neighbours in depth: they stay in their thread when they become two.
+    Whole numbers lie in blocks of 128 depths, of which there are as many as tiles begin: they need no mask.
     """
-    wide: tl.constexpr = tl.float32 if INTERPRETED else DTYPE
     if KIND == "int4":
-        packed = _tile(values, row, pitch, k // 2, BLOCK_K // 2, EVEN_K)
-        if EVEN_K:  # four bytes at once, which can be on their way while others are computed
-            words = _tile(factors, row, pitch // 64, k // 128, BLOCK_K // 128, EVEN_K)
-            shifts = (24 - 8 * tl.arange(0, 4))[None, None, :]
-            factor = tl.reshape((words[:, :, None] << shifts) >> 24, (BLOCK_N, BLOCK_K // 32))
-        else:
-            factor = _tile(factors, row, pitch // 16, k // 32, BLOCK_K // 32, EVEN_K)
-        integers = tl.interleave((packed & 15).to(tl.int8) - 8, (packed >> 4).to(tl.int8) - 8)
-        grouped = tl.reshape(integers.to(wide), (BLOCK_N, BLOCK_K // 32, 32)) * factor.to(wide)[:, :, None]
-        tile = tl.reshape(grouped, (BLOCK_N, BLOCK_K)).to(DTYPE)
+        tl.static_assert(BLOCK_K == 128)
+        words = _tile(values, row, pitch, k // 128 * 16, 16, True)
+        factor = tl.load(factors + row * (pitch // 16) + k // 128)
+        tile = nibbles(words, factor, DTYPE, BLOCK_N, INTERPRETED)
     elif KIND == "int8":
-        tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K).to(wide).to(DTYPE)
+        tl.static_assert(BLOCK_K == 128)
+        tile = integers(_tile(values, row, pitch, k // 128 * 32, 32, True), DTYPE, BLOCK_N, INTERPRETED)
     else:
         tile = _tile(values, row, pitch, k, BLOCK_K, EVEN_K)
     return tile

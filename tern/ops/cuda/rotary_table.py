@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tern.ops.cuda.launch import tl, triton
+from tern.ops.cuda.launch import EARLY, announce, tl, triton, wait
 
 
 def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,9 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
     cosines, signed_sines = tables
     if rows:
         sizes = {"COLUMNS": triton.next_power_of_2(width), "num_warps": 1, "enable_fp_fusion": False}
-        _rotary_table[(rows,)](positions.contiguous(), frequencies.contiguous(), cosines, signed_sines, width, **sizes)
+        _rotary_table[(rows,)](
+            positions.contiguous(), frequencies.contiguous(), cosines, signed_sines, width, **sizes, **EARLY
+        )
     return cosines, signed_sines
 
 
@@ -24,6 +26,8 @@ def rotary_table(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
 @triton.jit
 def _rotary_table(positions, frequencies, cosines, signed_sines, width, COLUMNS: tl.constexpr):
     """One position's rows [width] of both tables."""
+    announce()
+    wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
     inside = columns < width

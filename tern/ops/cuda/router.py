@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tern.ops.cuda.arrival import counters, is_last
-from tern.ops.cuda.launch import tl, triton
+from tern.ops.cuda.launch import EARLY, announce, ask_for, tl, triton, wait
 from tern.ops.cuda.products import Routing
 
 SPAN = 256
@@ -70,7 +70,7 @@ def choose(
         starts = torch.empty(experts + 1, dtype=torch.int32, device=x.device)
         tensors = (*factors, *choice, order, starts, counters(x.device))
         _multiply_choose_and_sort[grid](
-            *tensors, rows, experts, depth, norm_min, SPAN=SPAN, CHOOSERS=choosers, **sizes, **tile
+            *tensors, rows, experts, depth, norm_min, SPAN=SPAN, CHOOSERS=choosers, **sizes, **tile, **EARLY
         )
         return weights, chosen, Routing(order, starts, experts_per_token)
     _multiply[grid](*factors, rows, experts, depth, SPAN=SPAN, **tile)
@@ -105,6 +105,11 @@ def _multiply_choose_and_sort(
     DEPTHS: tl.constexpr,
 ):
     """`_multiply`; its last program to arrive chooses for all `rows` and sorts the pairs into `order`, `starts`."""
+    announce()
+    expert = tl.minimum(tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS), experts - 1)
+    line = tl.minimum(tl.program_id(2) * SPAN + tl.arange(0, SPAN // 32) * 32, depth - 1)  # of 128 bytes
+    ask_for(router + expert[:, None] * depth + line[None, :])
+    wait()
     _multiply(x, router, sums, rows, experts, depth, SPAN, TOKENS, EXPERTS, DEPTHS)
     if is_last(counter, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)):
         choice = _choose_rows(

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from tern.ops.gpu_weights import BLOCK
-from tern.ops.packed import GROUP, round_up
+from tern.ops.packed import round_up
 
 Kind = Literal["plain", "int8", "int4", "fp8"]
 
@@ -142,9 +142,8 @@ def problem(shape: Shape, sums: Sums, tile: Tile, shared_bytes: int = _SHARED_BY
             return f"{name} is {value} and must be a power of two"
     if min(tile.block_n, tile.block_t) < 16:
         return f"a tile of {tile.block_n} columns by {tile.block_t} rows is below the 16 by 16 of a matrix instruction"
-    unit = {"plain": 16, "int8": 32, "int4": 4 * GROUP, "fp8": BLOCK}[shape.kind]
-    if sums.block_k % unit or (shape.kind == "fp8" and sums.block_k != BLOCK):
-        return f"block_k is {sums.block_k} and must be {'' if shape.kind == 'fp8' else 'a multiple of '}{unit}"
+    if sums.block_k % 16 if shape.kind == "plain" else sums.block_k != BLOCK:
+        return f"block_k is {sums.block_k} and must be {'a multiple of 16' if shape.kind == 'plain' else BLOCK}"
     if not 1 <= sums.splits <= max(1, -(-shape.depth // sums.block_k)):
         return f"splits is {sums.splits}: there are {shape.depth} depths in tiles of {sums.block_k}"
     if sums.splits > 1 and (shape.routed or (sums.splits - 1) * sums.chunk(shape.depth) >= shape.depth):
@@ -156,6 +155,8 @@ def problem(shape: Shape, sums: Sums, tile: Tile, shared_bytes: int = _SHARED_BY
     most = _SUMS_PER_THREAD_FLOAT32 if shape.x_bytes == 4 else _SUMS_PER_THREAD
     if held > most * 32 * tile.warps:
         return f"{held} sums of a tile pass the {most} of each of {32 * tile.warps} threads"
+    if shape.kind == "fp8" and tile.block_n > BLOCK:
+        return f"a tile of {tile.block_n} columns has more than one scale of fp8 for {BLOCK} depths"
     weights = parts * tile.block_n * sums.block_k
     # Integers become bfloat16 in registers, but float32 through shared memory.
     widened = weights * shape.x_bytes if shape.kind in ("int8", "int4") and shape.x_bytes == 4 else 0

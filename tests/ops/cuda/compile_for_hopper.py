@@ -70,10 +70,18 @@ def compile_only(noted: Callable[[str, Any], None]) -> None:
 
     def compiled(function: Any, *args: Any, **options: Any) -> Any:
         kernel = run(function, *args, **(options | {"warmup": True}))
+        check_start(kernel.metadata.launch_pdl, kernel.asm["ptx"])
         noted(function.__name__, kernel.asm)
         return kernel
 
     JITFunction.run = compiled
+
+
+def check_start(starts_early: bool, ptx: str) -> None:
+    """Fail unless a kernel that starts before others have ended, and no other, waits before it writes or returns."""
+    before, waits, _ = ptx[ptx.index(".entry") :].partition("griddepcontrol.wait")
+    assert bool(waits) == starts_early == ("griddepcontrol.launch_dependents" in ptx)
+    assert not waits or not re.search(r"\b(st|red|atom|multimem)\.|\bret;|\bexit;", before)
 
 
 def print_kernels(kind: str) -> None:

@@ -74,6 +74,7 @@ def test_the_table_fits_its_shapes() -> None:
         (Sums(128, 9), Tile(64, 16, 4, 3), "splits is 9"),
         (Sums(128, 1), Tile(256, 128, 4, 2), "sums of a tile"),
         (Sums(128, 1), Tile(128, 128, 8, 8), "shared memory"),
+        (Sums(128, 1), Tile(256, 16, 8, 2), "more than one scale"),
         (Sums(128, 1), Tile(8, 16, 4, 3), "below the 16 by 16"),
         (Sums(128, 1), Tile(64, 16, 4, 9), "stages"),
     ],
