@@ -48,6 +48,7 @@ from tern.engine.scheduler import Chunk, Scheduler
 from tern.engine.sequence import Sequence
 from tern.engine.stats import STEP_TOKENS, EngineStats
 from tern.engine.step_failures import DEVICE_LOST, Outcome, compute_what_can_be, explain
+from tern.engine.warm_up import warm_up
 from tern.errors import EngineFailedError, InvalidRequestError, OptionError
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ class Engine:
             attention=attention,
             progress=progress,
         )
+        if model.device.type == "cuda":
+            predicts = bool(self.drafter.predicted_drafts)
+            warm_up(self.runner, options, self.max_model_len, predicts=predicts, progress=progress)
         if self.runner.graphs is not None:
             sizes = (self.runner.graphs.sizes, self.runner.graphs.drafted_sizes)
             logger.info("decode steps of %s rows, and with drafts of %s, replay CUDA graphs", *sizes)

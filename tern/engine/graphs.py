@@ -82,22 +82,27 @@ def drafted_sizes(max_num_seqs: int, max_drafts: int) -> list[int]:
 
 
 class CudaCapture:
-    """Captures into CUDA graphs that share one pool of memory: only one of them runs at a time."""
+    """Captures into CUDA graphs that share one pool of memory: only one of them runs at a time.
+
+    All on one stream of the device: what torch frees on a stream it gives to nobody on another, and its own stream for
+    captures belongs to the card on which it was first used.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, compute: Compute) -> Compute:
         """Run `compute` to warm up, then record it. Raises what torch raises if it does what no graph can."""
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side = self._side
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 compute()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             hidden = compute()
 
         def replay() -> Tensor:
@@ -115,8 +120,9 @@ def capture_for(device: torch.device, *, enforce_eager: bool) -> Capture | None:
 class StepGraphs:
     """A pass over the rows of a decode step, `compute`: batch -> hidden states [rows, hidden_size], within `limits`.
 
-    All graphs are captured when this is made, the largest first, with a progress bar of that `title` if there is one;
-    that takes a second or some.
+    All graphs are captured when this is made, with a progress bar of that `title` if there is one; that takes a second
+    or some. What needs the most memory comes first, and the others find room in it: attention keeps sums for as many
+    queries as there may be.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,12 +12,9 @@ from tern.engine.cache_size import GpuMemory, free_memory
 from tern.engine.device import CONTEXT_BYTES, GpuFacts, current
 from tern.engine.graphs import Compute
 from tern.engine.options import EngineOptions
-from tern.engine.request import CONTINUE, Finish, GeneratedToken, Request, Steering
 from tern.engine.runner import Runner
-from tern.engine.sampling_params import SamplingParams
-from tern.engine.sampling_state import SamplingState
 from tern.engine.scheduler import Chunk
-from tern.engine.sequence import Sequence
+from tern.engine.trial_steps import trial_step
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
@@ -100,28 +96,8 @@ def largest_step(options: EngineOptions, vocab_size: int, max_model_len: int) ->
     Returned with the number of blocks that they own.
     """
     count = options.max_num_seqs
-    generator = torch.Generator().manual_seed(7)
-    params = SamplingParams(temperature=1.0, top_p=0.9, seed=1, logprobs=5, max_tokens=None)
-    chunks, blocks = [], 0
-    for place in range(count):
-        length = options.max_num_batched_tokens // count + (place < options.max_num_batched_tokens % count)
-        length = min(length, max_model_len - 1)
-        ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
-        request = Request(f"profile-{place}", tuple(ids), params, _Nobody())
-        state = SamplingState(request, frozenset())
-        sequence = Sequence(request, max_length=max_model_len, stop_ids=frozenset(), sampling=state)
-        owned = -(-length // options.block_size)
-        sequence.block_table = array("q", range(blocks, blocks + owned))
-        blocks += owned
-        chunks.append(Chunk(sequence, length, samples=True))
-    return chunks, blocks
-
-
-class _Nobody:
-    """A sink that is given nothing."""
-
-    def push(self, token: GeneratedToken) -> Steering:  # noqa: ARG002
-        return CONTINUE
-
-    def finish(self, finish: Finish) -> None:
-        """Never called."""
+    each, longer = divmod(options.max_num_batched_tokens, count)
+    lengths = [min(each + (place < longer), max_model_len - 1) for place in range(count)]
+    return trial_step(
+        lengths, vocab_size=vocab_size, block_size=options.block_size, max_model_len=max_model_len, own_blocks=True
+    )

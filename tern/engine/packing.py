@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from tern import ops
 from tern.engine.scheduler import Chunk
 from tern.model.batch import Batch
+from tern.ops.transfer import send
 
 Integers = npt.NDArray[np.int64]
 
@@ -37,20 +37,19 @@ class PackedStep:
         return len(self.logit_rows) == len(self.token_ids)
 
     def on(self, device: torch.device, attention: ops.AttentionLibrary | None = None) -> Batch:
-        """The step on a device, its chunks for `attention`. All of it goes there in one buffer, by a single copy."""
-        tables = self.block_tables
-        heads = (self.token_ids, self.positions, self.slots, self.query_starts, self.context_lens, self.logit_rows)
-        parts = (*heads, tables.ravel())
-        packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-        views: list[Tensor] = list(torch.split(packed, [len(part) for part in parts]))
+        """The step on a device, its chunks for `attention`. All of it goes there by a single copy."""
+        heads = (self.token_ids, self.positions, self.slots, self.query_starts, self.context_lens)
+        token_ids, positions, slots, query_starts, context_lens, block_tables, logit_rows = send(
+            (*heads, self.block_tables, self.logit_rows), device
+        )
         return Batch(
-            token_ids=views[0],
-            positions=views[1],
-            slots=views[2],
-            query_starts=views[3],
-            context_lens=views[4],
-            block_tables=views[6].view(tables.shape),
-            logit_rows=views[5],
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            query_starts=query_starts,
+            context_lens=context_lens,
+            block_tables=block_tables,
+            logit_rows=logit_rows,
             max_query_len=self.max_query_len,
             max_context_len=self.max_context_len,
             chunks=ops.Chunks.of(attention, self.query_starts, self.context_lens),

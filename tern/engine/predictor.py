@@ -31,6 +31,7 @@ from tern.engine.sampler import Sampler
 from tern.engine.scheduler import Chunk
 from tern.engine.sequence import Continuation, Sequence
 from tern.model.batch import Batch, KVCache
+from tern.ops.transfer import send
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel, MultiTokenPredictor
@@ -108,7 +109,8 @@ class Predictor:
         states = self._hidden(shifted, hidden)
         if not followed:
             return []
-        states = states.index_select(0, torch.tensor(last_rows).to(states.device))
+        [rows] = send([np.array(last_rows)], states.device)
+        states = states.index_select(0, rows)
         drafts = [self._sample(states, followed, [()] * len(followed))]
         if self.num_drafts > 1:
             rest = _SingleRows(self, followed)

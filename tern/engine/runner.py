@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from tern.engine.sampling_state import SamplingRow
 from tern.engine.scheduler import Chunk
 from tern.engine.sequence import Continuation, Sequence
 from tern.model.batch import KVCache
+from tern.ops.transfer import send
 
 if TYPE_CHECKING:
     from tern.model import ErnieModel
@@ -266,8 +268,8 @@ def _tokens_for(chunks: Ordered[Chunk], before: Ordered[Chunk], tokens: Tensor) 
     if len(chunks) == len(before):
         return tokens
     places = {chunk.sequence: place for place, chunk in enumerate(before)}
-    wanted = torch.tensor([places[chunk.sequence] for chunk in chunks])
-    return tokens.index_select(0, wanted.to(tokens.device, non_blocking=True))
+    [wanted] = send([np.array([places[chunk.sequence] for chunk in chunks])], tokens.device)
+    return tokens.index_select(0, wanted)
 
 
 def verify(drafts: Ordered[tuple[int, ...]], drawn: Ordered[GeneratedToken | str]) -> list[Sampled]:

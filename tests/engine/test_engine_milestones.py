@@ -17,7 +17,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A clock that stands still: one second more for each step that an engine of `ticking` computes."""
     now = SimpleNamespace(seconds=100.0)
     fake = SimpleNamespace(monotonic=lambda: now.seconds, perf_counter=lambda: now.seconds)
-    for module in ("engine", "scheduler", "sequence"):
+    for module in ("delivery", "engine", "scheduler", "sequence"):
         monkeypatch.setattr(f"tern.engine.{module}.time", fake)
     return now
 

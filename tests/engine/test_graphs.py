@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,51 @@ def test_sizes_are_those_of_the_field_up_to_the_largest_step() -> None:
     assert graph_sizes(8) == [1, 2, 4, 8]
     assert graph_sizes(30) == [1, 2, 4, 8, 16, 24, 30]
     assert graph_sizes(256)[-3:] == [240, 248, 256]
+
+
+def test_what_needs_the_most_memory_is_captured_first() -> None:
+    queries: list[int] = []
+
+    def compute(batch: Batch) -> torch.Tensor:
+        queries.append(len(batch.token_ids) * batch.max_query_len)
+        return torch.zeros(len(batch.token_ids), 1)
+
+    def capture(graph: Compute) -> Compute:
+        graph()
+        return graph
+
+    limits = GraphLimits(256, DRAFTS, LENGTH, BLOCK, spare_block=BLOCKS)
+    StepGraphs(compute, torch.device("cpu"), limits, capture=capture)
+    assert queries == sorted(queries, reverse=True)
+    assert queries[0] == 64 * (1 + DRAFTS)
+
+
+def test_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reuses what is free in a pool on the stream alone that it was allocated on."""
+    captured: list[tuple[object, object]] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device == torch.device("cuda:1")
+
+        def wait_stream(self, _: object) -> None: ...
+
+    @contextmanager
+    def graph(_: object, *, pool: object, stream: object, capture_error_mode: str) -> Iterator[None]:  # noqa: ARG001
+        captured.append((pool, stream))
+        yield
+
+    device = torch.device("cuda:1")
+    fakes = {"Stream": Stream, "graph": graph, "CUDAGraph": object, "graph_pool_handle": object}
+    fakes |= {"stream": nullcontext, "current_stream": Stream}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", fake)
+    capture = capture_for(device, enforce_eager=False)
+    assert capture is not None
+    for _ in range(3):
+        capture(lambda: torch.zeros(1))
+    assert len(captured) == 3
+    assert len(set(captured)) == 1
 
 
 def test_steps_with_drafts_have_sizes_of_their_own() -> None:

@@ -32,6 +32,10 @@ PROGRAMS = 132 * 9
 More would be on their way no sooner, and in a graph made for 131 072 positions nearly all of them would find nothing to
 do. Deep in a context each takes several pieces.
 """
+FEWEST = 4
+"""Programs that share a context, if any do. Fewer would add little to what is on its way, and programs that share keep
+the sums of all pieces: at 131 072 positions 11 MB a sequence, of which there are up to 74 then.
+"""
 _JOINED = 1024
 """Numbers that a warp joins at a time: eight rows of 128."""
 _AT_ONCE = 4
@@ -72,7 +76,9 @@ def attend_few(
     total = plan.context_lens.shape[0]
     most = min(room, total)
     sizes = _constants(rows, heads, caches[0], few)
-    programs = min(pieces, max(1, PROGRAMS // (most * kv_heads * sizes["num_warps"])))
+    programs = min(pieces, PROGRAMS // (most * kv_heads * sizes["num_warps"]))
+    if programs < FEWEST:
+        programs = 1
     # A program that is alone has joined a stretch before it begins the next, whose sums take the same places.
     held = pieces if programs > 1 else min(pieces, parts.STRETCH)
     sums = rows.new_empty((min(rows.shape[0], most * few), heads, held + stretches, head_dim), dtype=torch.float32)
@@ -91,6 +97,7 @@ def attend_few(
             plan.block_tables.stride(0),
             held,
             stretches,
+            few,
             0 if scales is None else scales.stride(1),
             score_factor(head_dim),
             TURN=tokens is not None,
@@ -102,12 +109,12 @@ def attend_few(
 
 def _constants(rows: Tensor, heads: int, key_cache: Tensor, few: int) -> dict[str, Any]:
     """The kernel's, for sequences of at most `few` queries."""
-    wanted = triton.next_power_of_2(few * heads // key_cache.shape[0])
-    sizes = parts.constants(rows.dtype, heads, key_cache, max(parts.LEAST_ROWS, wanted))
+    group = heads // key_cache.shape[0]
+    sizes = parts.constants(rows.dtype, heads, key_cache, max(parts.LEAST_ROWS, triton.next_power_of_2(few * group)))
     joined = max(1, _JOINED * sizes["num_warps"] // sizes["WIDTH"])
     return sizes | {
-        "FEW": few,
-        "TOKENS": triton.next_power_of_2(few),
+        # As many as the rows hold: a kernel for each number of queries would be compiled while somebody waits.
+        "TOKENS": 1 if few == 1 else triton.next_power_of_2(sizes["ROWS"] // group),
         "JOINED": min(sizes["ROWS"], joined),
         "AT_ONCE": _AT_ONCE,
         # Those of nine programs fit into a multiprocessor then; what is spilled for it is not in the loop over tiles.
@@ -279,7 +286,7 @@ def _join(
             tl.store(place, mixed, mask=live[:, None] & (columns < DIM))
 
 
-@triton.jit(do_not_specialize=["table_stride", "held", "max_stretches", "scales_pitch"])
+@triton.jit(do_not_specialize=["table_stride", "held", "max_stretches", "few", "scales_pitch"])
 def _attend_few(
     rows,
     tables,
@@ -293,6 +300,7 @@ def _attend_few(
     table_stride,
     held,
     max_stretches,
+    few,
     scales_pitch,
     factor,
     HEADS: tl.constexpr,
@@ -307,7 +315,6 @@ def _attend_few(
     STRETCH: tl.constexpr,
     JOINED: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    FEW: tl.constexpr,
     TOKENS: tl.constexpr,
     TURN: tl.constexpr,
     TO_FP8: tl.constexpr,
@@ -331,7 +338,7 @@ def _attend_few(
     context = tl.load(context_lens + sequence).to(tl.int32)
     earlier = start - tl.load(query_starts)
     pieces = tl.cdiv(context, PIECE)
-    if (length > FEW) | (length <= 0) | (first >= pieces):
+    if (length > few) | (length <= 0) | (first >= pieces):
         return
     KV_HEADS: tl.constexpr = HEADS // GROUP
     ROW_HEADS: tl.constexpr = HEADS + 2 * KV_HEADS if TURN else HEADS
@@ -353,7 +360,7 @@ def _attend_few(
     table = block_tables + sequence.to(tl.int64) * table_stride
     entries = held + max_stretches
     # The rows before in this launch, or as many as sequences before may have: what is less, and no two share any.
-    before = tl.minimum(earlier.to(tl.int64), sequence.to(tl.int64) * FEW) * HEADS * entries
+    before = tl.minimum(earlier.to(tl.int64), sequence.to(tl.int64) * few) * HEADS * entries
     memory = (memory[0] + before * DIM, memory[1] + before, memory[2] + before)
     into = (into[0] + start * HEADS * DIM, into[1] + start, scales_pitch)
     row = token * HEADS + head

@@ -88,7 +88,7 @@ def sort_by_expert(experts: Tensor, num_experts: int) -> Routing:
 
 # Bound by its launch for decodes, whose pairs are one block. Each expert's program reads all pairs twice, from the
 # cache: with 8192 tokens 25 blocks, a hundredth of what the products take.
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def _sort(experts, order, starts, pairs, num_experts, BLOCK: tl.constexpr):
     """Where the pairs of expert `program_id(0)` begin -> `starts`, and which they are -> `order` from there on."""
     expert = tl.program_id(0)

@@ -211,7 +211,8 @@ def _scales(weight: GpuWeight) -> tuple[Tensor, int, int, int]:
 # stages of which two programs a processor keep in flight. With many rows it is bound by the tensor cores and the second
 # cache: tiles of 128 by 128, or 256 by 128 of plain weights in one chunk, half of them gates where it is gated, and
 # tiles of rows in groups, so that a weight's tile is read from memory once a group.
-@triton.jit
+# What follows from the number of rows is not compiled in: else there would be a kernel for each kind of number.
+@triton.jit(do_not_specialize=["rows", "tiles_t", "other_rows", "other_tiles_t"])
 def _product(
     out,
     x,

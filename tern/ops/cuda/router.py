@@ -79,7 +79,7 @@ def choose(
     return weights, chosen, None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _multiply_choose_and_sort(
     x,
     router,
@@ -121,7 +121,7 @@ def _multiply_choose_and_sort(
 # For few rows bound by how soon the router has come from the L2 cache, for many by float32 multiplications, which
 # have no tensor cores: the choice among near experts takes all of float32. `tl.dot` gives them to ordinary ones, each
 # sum by one thread in the order of the depths.
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _multiply(
     x,
     router,
@@ -150,7 +150,7 @@ def _multiply(
     tl.store(sums + places, total, mask=(token[:, None] < rows) & (expert[None, :] < experts))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _choose(
     sums,
     bias,

@@ -87,6 +87,7 @@ def choose(shape: Shape, rows: int) -> tuple[Sums, Tile]:
     return sums, tiles.get(block_t) or usual_tile(shape, sums, block_t, _room())
 
 
+@cache
 def usual_sums(shape: Shape) -> Sums:
     """For a shape that was not timed: enough chunks that two programs run on every processor.
 
@@ -100,6 +101,7 @@ def usual_sums(shape: Shape) -> Sums:
     return Sums(block_k, max(1, -(-shape.depth // chunk)))  # no chunk without depths
 
 
+@cache
 def usual_tile(shape: Shape, sums: Sums, block_t: int, room: int = _SHARED_BYTES) -> Tile:
     """For a shape that was not timed: the widest tile that fits into `room` bytes, and as many stages.
 
