@@ -41,7 +41,7 @@ from tern.model.batch import Batch
 
 WARM_UPS = 2  # runs before a capture: kernels are compiled in the first, and workspaces allocated
 DRAFTED_ROWS = 64
-"""Most rows of a step with drafts that has a graph: attention keeps sums for all drafts that each row could have."""
+"""Most rows of a step with drafts that has a graph. Larger steps take long enough to hide their launches."""
 
 Compute = Callable[[], Tensor]
 """Hidden states [rows, hidden_size] of the rows in the buffers."""
@@ -121,8 +121,7 @@ class StepGraphs:
     """A pass over the rows of a decode step, `compute`: batch -> hidden states [rows, hidden_size], within `limits`.
 
     All graphs are captured when this is made, with a progress bar of that `title` if there is one; that takes a second
-    or some. What needs the most memory comes first, and the others find room in it: attention keeps sums for as many
-    queries as there may be.
+    or some. What has the most rows comes first, and the others find room in its memory.
     """
 
     def __init__(

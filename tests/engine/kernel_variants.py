@@ -67,7 +67,7 @@ def compute(model: ErnieModel, kv: KVCache, lengths: Lengths) -> None:
         max_context_len=max(lengths),
     )
     logits = model.logits(model.hidden(batch, kv).index_select(0, batch.logit_rows))
-    peaks, _ = ops.largest(logits)
+    peaks, *_ = ops.largest(logits)
     numbers = torch.empty(sequences, dtype=torch.float64, device="meta")
     ops.draw(logits, peaks, ops.Draws(numbers, peaks, numbers, batch.logit_rows, numbers))
 

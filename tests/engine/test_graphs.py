@@ -39,11 +39,11 @@ def test_sizes_are_those_of_the_field_up_to_the_largest_step() -> None:
     assert graph_sizes(256)[-3:] == [240, 248, 256]
 
 
-def test_what_needs_the_most_memory_is_captured_first() -> None:
-    queries: list[int] = []
+def test_what_has_the_most_rows_is_captured_first() -> None:
+    rows: list[int] = []
 
     def compute(batch: Batch) -> torch.Tensor:
-        queries.append(len(batch.token_ids) * batch.max_query_len)
+        rows.append(len(batch.token_ids))
         return torch.zeros(len(batch.token_ids), 1)
 
     def capture(graph: Compute) -> Compute:
@@ -52,8 +52,9 @@ def test_what_needs_the_most_memory_is_captured_first() -> None:
 
     limits = GraphLimits(256, DRAFTS, LENGTH, BLOCK, spare_block=BLOCKS)
     StepGraphs(compute, torch.device("cpu"), limits, capture=capture)
-    assert queries == sorted(queries, reverse=True)
-    assert queries[0] == 64 * (1 + DRAFTS)
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] == 256
+    assert rows.count(64) == 2, "with drafts and without"
 
 
 def test_graphs_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -375,7 +375,8 @@ def _attend_few(
             DIM, WIDTH, SLAB, BLOCK_SIZE, ROWS, TILE, PIECE, MULTIPLIED, INTERPRETED,
         )  # fmt: skip
         if pieces == 1:
-            _write(into, row, live, total, side_by_side(left, right, WIDTH), dtype, HEADS, DIM, TO_FP8, INTERPRETED)
+            mixed = side_by_side(left, right, SLAB, WIDTH)
+            _write(into, row, live, total, mixed, dtype, HEADS, DIM, TO_FP8, INTERPRETED)
         else:
             _store_sums(memory, row * entries + piece % held, live, highest, total, left, right, DIM, WIDTH, SLAB)
             stretch = piece // STRETCH

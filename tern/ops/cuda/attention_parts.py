@@ -112,11 +112,12 @@ def join(highest, total, left, right, next_highest, next_total, next_left, next_
 
 
 @triton.jit
-def side_by_side(left, right, WIDTH: tl.constexpr):
+def side_by_side(left, right, SLAB: tl.constexpr, WIDTH: tl.constexpr):
     """Two slabs of columns [ROWS, SLAB], or one that has them all -> [ROWS, WIDTH]."""
-    if left.shape[1] == WIDTH:
-        return left
-    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], WIDTH))
+    whole = left
+    if SLAB < WIDTH:
+        whole = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (left.shape[0], WIDTH))
+    return whole
 
 
 @triton.jit

@@ -1,9 +1,11 @@
 """Compile attention's kernels for a Hopper GPU, as a step's calls ask for them: a program that needs no GPU.
 
     python -m tests.ops.cuda.compile_attention CACHE QUERIES...
+    python -m tests.ops.cuda.compile_attention heads
 
 Prints a line for each number of new tokens of a sequence over a cache of this type: the kernels, the instruction that
-multiplies, how its depths are laid out, how rows are shared among warps, and what comes before the first barrier.
+multiplies, how its depths are laid out, how rows are shared among warps, and what comes before the first barrier;
+or compiles for heads of other sizes and types and prints nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +26,10 @@ from tern.ops import kv_cache_shapes
 from tern.ops.cuda import GpuPlan, attend
 
 
-def compiled(queries: int, cache: torch.dtype) -> list[tuple[str, dict[str, str]]]:
-    """The kernels that attention with ERNIE's heads calls, and their code."""
+def compiled(
+    queries: int, cache: torch.dtype, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+) -> list[tuple[str, dict[str, str]]]:
+    """The kernels that attention with as many heads as ERNIE's calls, and their code."""
     run, kernels = JITFunction.run, []
 
     def compile_only(function: Any, *args: Any, **options: Any) -> Any:
@@ -34,13 +38,21 @@ def compiled(queries: int, cache: torch.dtype) -> list[tuple[str, dict[str, str]
         return kernel
 
     JITFunction.run = compile_only
-    caches = (torch.zeros(shape).to(cache) for shape in kv_cache_shapes(9, 16, 4, 128, cache, gpu=True))
+    caches = (torch.zeros(shape).to(cache) for shape in kv_cache_shapes(9, 16, 4, head_dim, cache, gpu=True))
     numbers = torch.tensor([0, queries]), torch.tensor([queries]), torch.zeros(1, 9, dtype=torch.int64)
-    tables = torch.zeros(queries, 128), torch.zeros(queries, 128), torch.zeros(queries, dtype=torch.int64)
-    qkv = torch.zeros(queries, 28 * 128, dtype=torch.bfloat16)
+    tables = torch.zeros(queries, head_dim), torch.zeros(queries, head_dim), torch.zeros(queries, dtype=torch.int64)
+    qkv = torch.zeros(queries, 28 * head_dim, dtype=dtype)
     attend(qkv, *tables, *caches, GpuPlan(*numbers, queries, 131_072), "fp8" if queries == 1 else "plain")
     JITFunction.run = run
     return kernels
+
+
+def compile_heads() -> None:
+    """Other heads than ERNIE's, where all columns are one slab, and types without tensor cores."""
+    driver.set_active(Hopper())
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 80), (torch.float32, 32), (torch.float32, 128)):
+        for queries in (1, 40):
+            compiled(queries, dtype, dtype, head_dim)
 
 
 def main(cache: torch.dtype, *numbers: int) -> None:
@@ -60,4 +72,7 @@ def main(cache: torch.dtype, *numbers: int) -> None:
 
 
 if __name__ == "__main__":
-    main(getattr(torch, sys.argv[1]), *map(int, sys.argv[2:]))
+    if sys.argv[1] == "heads":
+        compile_heads()
+    else:
+        main(getattr(torch, sys.argv[1]), *map(int, sys.argv[2:]))
