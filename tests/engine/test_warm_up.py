@@ -79,7 +79,7 @@ def test_nothing_is_compiled_behind_the_start(quantization: str) -> None:
         name: tuple(map(int, numbers))
         for name, *numbers in map(str.split, told("kernel_variants", quantization).splitlines())
     }
-    assert "tern.ops.cuda.products._product" in counts
+    assert "tern.ops.cuda.product_kernel.product_tile" in counts
     assert {name: late for name, (_, _, late) in counts.items() if late} == {}
     assert sum(found for _, found, _ in counts.values()) <= MOST_KERNELS, counts
 

@@ -89,7 +89,7 @@ def print_kernels(kind: str) -> None:
     names = set()
 
     def noted(name: str, code: Any) -> None:
-        assert "wgmma" in code["ptx"] or name != "_product"
+        assert "wgmma" in code["ptx"] or name != "product_tile"
         names.add(name)
 
     compile_only(noted)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-KERNELS = {"_product", "_sort", "_add_rms_norm", "_multiply", "_choose", "_multiply_choose_and_sort"}
+KERNELS = {"product_tile", "_sort", "_add_rms_norm", "_multiply", "_choose", "_multiply_choose_and_sort"}
 CODE = """\
 qkv 1: 0 16 m64n16k16 ld.global.cg.v4.b32
 qkv 64: 0 16 m64n64k16 ld.global.cg.v4.b32

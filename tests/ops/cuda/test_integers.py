@@ -134,7 +134,7 @@ def meta(*shape, dtype=torch.int32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 def compile_only(function, *arguments, grid, warmup, **options):
-    if function.__name__ == "_product":
+    if function.__name__ == "product_tile":
         arguments = [Address(x) if isinstance(x, torch.Tensor) else x for x in arguments]
         kernel = run(function, *arguments, grid=grid, warmup=True, **options)
         with tempfile.TemporaryDirectory() as directory:

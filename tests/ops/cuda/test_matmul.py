@@ -14,7 +14,7 @@ from tern.ops import SwiGLUWeights, reference_gpu, reference_packed
 from tern.ops.cuda import linear, logits, swiglu
 from tern.ops.cuda.arrival import counters
 from tern.ops.cuda.fp8 import round_rows_to_fp8, round_together
-from tern.ops.cuda.products import _product
+from tern.ops.cuda.product_kernel import product_tile
 from tern.ops.gpu_weights import Fp8Weight, GpuWeight, RowPackedWeight, round_to_fp8
 from tern.ops.gpu_weights import round_rows_to_fp8 as reference_rounding
 from tests.compare import assert_close
@@ -217,8 +217,8 @@ def test_a_product_of_plain_weights_is_one_launch(device: torch.device, monkeypa
         launched.append(grid)
         return run(kernel, grid)
 
-    run = type(_product).__getitem__
-    monkeypatch.setattr(type(_product), "__getitem__", noted)
+    run = type(product_tile).__getitem__
+    monkeypatch.setattr(type(product_tile), "__getitem__", noted)
     weight = noise(66, 2100).to(device)
     for rows, programs in ((1, [(2, 4)]), (20, [(2, 4)])):
         linear(noise(rows, 2100).to(device), weight)
