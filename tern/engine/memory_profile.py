@@ -64,7 +64,7 @@ def _step_bytes(
     """
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(model.device)
-    chunks, num_blocks = largest_step(options, model.config.vocab_size, max_model_len)
+    chunks, num_blocks = largest_step(options, model.config.vocab_size, max_model_len, max_drafts)
     runner = Runner(
         model,
         num_blocks=num_blocks,
@@ -90,14 +90,22 @@ def _run_once(compute: Compute) -> Compute:
     return compute
 
 
-def largest_step(options: EngineOptions, vocab_size: int, max_model_len: int) -> tuple[list[Chunk], int]:
+def largest_step(
+    options: EngineOptions, vocab_size: int, max_model_len: int, max_drafts: int = 0
+) -> tuple[list[Chunk], int]:
     """A step of `max_num_batched_tokens` random tokens and as many sequences as may run, all of which draw a token.
 
-    Returned with the number of blocks that they own.
+    With as many drafts as each may have, behind each of which a token is drawn too. Returned with the number of blocks
+    that they own.
     """
     count = options.max_num_seqs
     each, longer = divmod(options.max_num_batched_tokens, count)
     lengths = [min(each + (place < longer), max_model_len - 1) for place in range(count)]
     return trial_step(
-        lengths, vocab_size=vocab_size, block_size=options.block_size, max_model_len=max_model_len, own_blocks=True
+        lengths,
+        vocab_size=vocab_size,
+        block_size=options.block_size,
+        max_model_len=max_model_len,
+        own_blocks=True,
+        max_drafts=max_drafts,
     )

@@ -69,11 +69,15 @@ def test_a_share_is_a_share(value: object) -> None:
 @pytest.mark.parametrize(
     ("seqs", "budget", "length", "tokens"), [(4, 64, 160, 64), (3, 64, 160, 64), (1, 64, 20, 19), (8, 8, 160, 8)]
 )
-def test_the_largest_step_is_as_large_as_a_step_may_be(seqs: int, budget: int, length: int, tokens: int) -> None:
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_the_largest_step_is_as_large_as_a_step_may_be(
+    seqs: int, budget: int, length: int, tokens: int, drafts: int
+) -> None:
     options = EngineOptions(max_num_seqs=seqs, max_num_batched_tokens=budget, block_size=16)
-    chunks, num_blocks = largest_step(options, MODEL.config.vocab_size, length)
+    chunks, num_blocks = largest_step(options, MODEL.config.vocab_size, length, drafts)
     assert len(chunks) == seqs
-    assert sum(chunk.num_tokens for chunk in chunks) == tokens
+    assert sum(chunk.num_tokens + len(chunk.drafts) for chunk in chunks) == tokens
+    assert all(len(chunk.drafts) == min(drafts, tokens // seqs - 1) for chunk in chunks[-1:])
     assert all(chunk.samples for chunk in chunks)
     owned = [block for chunk in chunks for block in chunk.sequence.block_table]
     assert owned == list(range(num_blocks))
