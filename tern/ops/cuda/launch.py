@@ -12,12 +12,10 @@ import torch
 INTERPRETED = not torch.cuda.is_available()
 """Whether kernels are interpreted here."""
 
-# Said so, because Triton 3.9 warns where nothing is said, and 3.10 will take the other side.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"  # too late if something else has imported triton before
 
-# Products and sums may be fused; said aloud, since Triton warns where nobody chose.
+# Products and sums may be fused: Triton 3.9 warns where nobody says so, and 3.10 will take the other side.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton  # noqa: E402
