@@ -13,7 +13,9 @@ from engine_fakes import HashModel, add, make_engine, run
 from tern import ops
 from tern.checkpoint import resolve_model
 from tern.engine import Engine, EngineOptions
+from tern.engine.options import ATTENTION_BACKENDS
 from tern.errors import OptionError
+from tern.ops import attention_libraries
 from tern.ops.placement import interpreted
 
 
@@ -77,3 +79,8 @@ def test_a_library_is_refused_on_a_processor_before_weights_are_read(name: str) 
     with pytest.raises(OptionError, match=words):
         make_engine(attention_backend=name)
     assert not {"flash_attn_interface", "flashinfer"} & sys.modules.keys()
+
+
+def test_the_option_has_a_name_for_each_library() -> None:
+    """It names them itself, because options are read without torch."""
+    assert ("auto", "tern", *attention_libraries._LIBRARIES) == ATTENTION_BACKENDS
